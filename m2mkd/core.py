@@ -6,17 +6,18 @@
 __all__ = ['known', 'Settings', 'to_plain', 'from_plain', 'hash_of', 'seed_of', 'generator', 'seeded', 'whole', 'write_json',
            'read_json', 'sha256', 'parameters', 'progress']
 
-# %% ../nbs/00_core.ipynb #88b15653
-import ast, contextlib, difflib, hashlib, importlib, json, os, random
+# %% ../nbs/00_core.ipynb #7cdbbcb7
+import ast, contextlib, difflib, functools, hashlib, importlib, json, os, random, sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #b3d60e64
+# %% ../nbs/00_core.ipynb #d3a39695
 def known(name, names, what):
     "`name`, if it is one of `names`; else a ValueError that says `what` was looked up and gives the nearest names."
     names = [str(n) for n in names]
@@ -24,7 +25,7 @@ def known(name, names, what):
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:12]
     raise ValueError(f"unknown {what} {name!r}; " + ("nearest: " if len(near) < len(names) else "there are: ") + ", ".join(near))
 
-# %% ../nbs/00_core.ipynb #727aff39
+# %% ../nbs/00_core.ipynb #c7279f7f
 class Settings(BaseModel):
     "Base of all settings: immutable, strict about names, one-line errors."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,7 +42,7 @@ class Settings(BaseModel):
         "The same settings with `changes`, checked again."
         return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **changes})
 
-# %% ../nbs/00_core.ipynb #f5aecb2b
+# %% ../nbs/00_core.ipynb #e8db4981
 def to_plain(x):
     "Settings (nested in lists, tuples, dicts) as JSON-ready data; a Settings object becomes a dict with its class under `kind`."
     if isinstance(x, Settings):
@@ -68,7 +69,7 @@ def hash_of(*things):
     "Twelve hexadecimal digits that depend on the content of `things` (settings or plain data) and on nothing else."
     return hashlib.sha256(json.dumps(to_plain(list(things)), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/00_core.ipynb #ac615f55
+# %% ../nbs/00_core.ipynb #0f35ac3d
 def seed_of(seed, what, step=0):
     "A 63-bit integer, a pure function of (seed, what, step)."
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{step}".encode()).digest()[:8], "big") >> 1
@@ -88,7 +89,7 @@ def seeded(seed, what, step=0):
         random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
         if cuda: torch.cuda.set_rng_state(before[3])
 
-# %% ../nbs/00_core.ipynb #065c542f
+# %% ../nbs/00_core.ipynb #1e2cd246
 @contextlib.contextmanager
 def whole(path):
     "Yields a path beside `path` to write to; it takes `path`'s name if the block ends well and is removed if not."
@@ -114,7 +115,7 @@ def sha256(path):
     "Hexadecimal SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #4b1a105b
+# %% ../nbs/00_core.ipynb #4e916b6c
 def _assigned(source):
     "Name -> value of the literal assignments in a cell; what is no literal, or no Python, is passed over."
     found = {}
@@ -124,6 +125,8 @@ def _assigned(source):
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 found[target.id] = ast.literal_eval(node.value)
     return found
+
+def _literal(x): return x is None or isinstance(x, (bool, int, float, str, list, tuple, dict))
 
 def _fits(default, value, name):
     "`value` in the type of `default` (a list may come as text, an int for a float); else a ValueError."
@@ -139,18 +142,50 @@ def _fits(default, value, name):
 
 def parameters(history=None):
     "The parameters of this notebook as a namespace: the literals of its first cell, as papermill's injected cell changes them."
-    history = history if history is not None else get_ipython().user_ns["In"]
-    cells = [c for c in history if c.strip()]
-    declared = next((a for c in cells if not c.startswith("# Parameters") and (a := _assigned(c))), {})
-    values = dict(declared)
-    for cell in cells:
-        if not cell.startswith("# Parameters"): continue
-        for name, value in _assigned(cell).items():
-            known(name, declared, "parameter of this notebook")
-            values[name] = _fits(declared[name], value, name)
+    names = get_ipython().user_ns if history is None else {}
+    cells = [c for c in history or names["In"] if c.strip()]
+    if not cells:                                                       # nbdev_test keeps no history, and injects nothing
+        return SimpleNamespace(**{k: v for k, v in names.items() if k not in ("In", "Out") and k[0] != "_" and _literal(v)})
+    declared, values = {}, {}
+    for cell, found in zip(cells, map(_assigned, cells)):
+        if cell.startswith("# Parameters"):
+            for name, value in found.items():
+                known(name, declared, "parameter of this notebook")
+                values[name] = _fits(declared[name], value, name)
+        elif not declared or 2 * len(found.keys() & declared.keys()) > len(declared):     # first run, or edited and run again
+            declared, values = found, dict(found)
     return SimpleNamespace(**values)
 
-# %% ../nbs/00_core.ipynb #0769e9e9
+# %% ../nbs/00_core.ipynb #23f44aaf
+_LIVE = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"     # set for a kernel that a person looks at
+
+_terminal = functools.cache(lambda fd: open(os.dup(fd), "w"))
+
+def _screen():
+    "Where a bar can be drawn: (file, line), line counted from the cursor; (None, None) if nowhere."
+    fd = getattr(sys.stderr, "_original_stdstream_copy", None)    # a kernel keeps the stderr it was started with
+    if fd is None: return (sys.stderr, None) if sys.stderr.isatty() else (None, None)
+    starter = psutil.Process(os.getppid()).cmdline()
+    papermill = "papermill" in {Path(word).name for word in starter}
+    if not papermill and any(name in os.environ for name in _LIVE): return sys.stdout, None
+    return (_terminal(fd), int(papermill)) if os.isatty(fd) and "--log-output" not in starter else (None, None)
+
+class _Lines(tqdm):
+    "tqdm in whole lines: the first after ten seconds, the next after ten seconds or a tenth of the time so far, and the last."
+    said = 0.
+    def display(self, msg=None, pos=None):
+        took = self._time() - self.start_t
+        if msg == "" or took - self.said < max(10, self.said/10): return
+        self.said = took
+        print(self, flush=True)
+
+    def close(self):
+        if self.said and not self.disable: print(self, flush=True)
+        super().close()
+
+# %% ../nbs/00_core.ipynb #5943ce8a
 def progress(it=None, what="", **kwargs):
-    "A tqdm bar over `it` (or with `total=`), the same in a terminal and in a notebook."
-    return tqdm(it, desc=what, dynamic_ncols=True, mininterval=0.5, leave=False, **kwargs)
+    "A tqdm bar over `it` (or with `total=`, by `update`): on the terminal, in JupyterLab, or as lines now and then."
+    file, line = _screen()
+    if file is None: return _Lines(it, desc=what, delay=10, mininterval=1, leave=False, **kwargs)
+    return tqdm(it, desc=what, file=file, position=line, dynamic_ncols=True, mininterval=0.5, leave=False, **kwargs)
