@@ -1,0 +1,57 @@
+# `make` alone lists the targets. All of them work in .venv, which is made when it is not there.
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lab export readme clean constraints wheel
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
+B := .venv/bin
+UV := $(B)/uv pip
+REQUIREMENTS := settings.ini setup.py pyproject.toml constraints.txt
+export PYTHONUTF8 := 1
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1~\2/p' Makefile | awk -F~ '{ printf "%-18s %s\n", $$1, $$2 }'
+
+quickstart: .venv/notebooks.stamp  ## the whole method on embedded data: a table here, the executed notebook under runs/quickstart
+	@mkdir -p runs/quickstart
+	$(B)/python -m papermill nbs/experiments/quickstart.ipynb runs/quickstart/quickstart.ipynb $(PARAMETERS)
+	@$(B)/python tools/show.py runs/quickstart/quickstart.ipynb
+
+test: .venv/dev.stamp  ## what CI runs: generated files in sync, library notebooks, experiments with smoke defaults, pytest
+	$(B)/python tools/sync.py
+	OMP_NUM_THREADS=1 $(B)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments)' --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(B)/python tools/smoke.py
+	OMP_NUM_THREADS=1 $(B)/python -m pytest
+
+lab: .venv/notebooks.stamp  ## JupyterLab on the notebooks
+	$(B)/python -m jupyterlab nbs
+
+export: .venv/dev.stamp  ## the package from the notebooks
+	$(B)/python tools/sync.py export
+
+readme: .venv/dev.stamp  ## README.md from nbs/index.ipynb
+	$(B)/python tools/sync.py readme
+
+clean: .venv/dev.stamp  ## notebooks without execution counts and foreign metadata
+	$(B)/python tools/sync.py clean
+
+constraints: .venv/uv.stamp  ## the newest versions that fit settings.ini, into constraints.txt
+	$(UV) compile --quiet --upgrade setup.py --extra dev --universal --python-version 3.11 --no-annotate --no-header -o constraints.txt
+
+wheel: .venv/dev.stamp  ## the wheel, under dist
+	$(B)/python -m build --wheel --no-isolation
+
+.venv/uv.stamp:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say which: make PYTHON=/path/to/python3 ..."; exit 1; }
+	test -x $(B)/python || $(PYTHON) -m venv .venv
+	@$(B)/python -m pip --version > /dev/null 2>&1 || $(B)/python -m ensurepip
+	$(B)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+.venv/notebooks.stamp: .venv/uv.stamp $(REQUIREMENTS)
+	$(UV) install --python $(B)/python -e '.[notebooks]' -c constraints.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/uv.stamp $(REQUIREMENTS)
+	$(UV) install --python $(B)/python -e '.[dev]' -c constraints.txt
+	@touch $@ .venv/notebooks.stamp
