@@ -1,0 +1,126 @@
+"What evaluation promises to the floors above: it leaves no trace, counts every image, and reads what a run folder holds."
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from m2mkd import core, evaluate, folder, report
+
+
+@pytest.fixture
+def net():
+    with core.seeded(0, "test"): return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 6))
+
+@pytest.fixture
+def split():
+    g = core.generator(0, "test")
+    return torch.randn(11, 3, 2, 2, generator=g), torch.randint(6, (11,), generator=g)
+
+def batches(split, size): return zip(*(t.split(size) for t in split))
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_modes_are_restored(net, split, spoilt):
+    net.train(); net[2].eval(); net[3].requires_grad_(False)
+    modes, state = [m.training for m in net.modules()], torch.get_rng_state()
+    x, y = split
+    if spoilt:
+        with pytest.raises(ValueError): evaluate.evaluate(net, [(x * float("nan"), y)])
+    else: evaluate.evaluate(net, [(x, y)])
+    assert [m.training for m in net.modules()] == modes and torch.is_grad_enabled()
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False, False]
+    assert torch.equal(torch.get_rng_state(), state)
+
+def test_shared_parts_get_their_modes_back(net, split):
+    hybrids = {"a": nn.Sequential(net[0], net[1]), "b": nn.Sequential(net[0], net[1], net[2], net[3])}
+    net[1].eval(); hybrids["a"].train(); net[1].eval()
+    before = [m.training for h in hybrids.values() for m in h.modules()]
+    with pytest.raises(ValueError, match="labels run from"): evaluate.evaluate_all(hybrids, [(split[0], split[1] + 6)])
+    assert [m.training for h in hybrids.values() for m in h.modules()] == before
+
+def test_last_partial_batch_counts(net, split):
+    whole = evaluate.evaluate(net, batches(split, 11))
+    for size in (1, 4, 10):
+        parts = evaluate.evaluate(net, batches(split, size))
+        assert parts.summary()["images"] == 11
+        assert parts.summary() == pytest.approx(whole.summary(), abs=1e-6)
+        assert torch.equal(parts.predictions, whole.predictions)
+
+def test_autocast_outside_does_not_reach_in(net, split):
+    plain = evaluate.evaluate(net, batches(split, 4))
+    with torch.autocast("cpu", torch.bfloat16): inside = evaluate.evaluate(net, batches(split, 4))
+    assert torch.equal(plain.logits, inside.logits)
+
+def test_a_result_does_not_depend_on_company(split):
+    class Noisy(nn.Module):
+        def forward(self, x): return x.flatten(1) + torch.randn(len(x), 12)
+    alone = evaluate.evaluate(Noisy(), batches(split, 4))
+    both = evaluate.evaluate_all({"other": Noisy(), "it": Noisy()}, batches(split, 4))
+    assert torch.equal(alone.logits, both["it"].logits)
+
+def test_few_classes(split):
+    result = evaluate.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), [(split[0], split[1] % 2)])
+    assert result.top(5) == 1 and 0 <= result.top(1) <= 1
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(net, split, value):
+    net[3].bias.data[2] = value
+    with pytest.raises(ValueError, match="model 'student' gives logits that are nan or infinite, for 4 of the 4 images"):
+        evaluate.evaluate_all({"student": net}, batches(split, 4))
+
+@pytest.mark.parametrize("model, data, message", [
+    (nn.Identity(), None, r"must give logits of shape \(4, classes\), but gave torch.Size\(\[4, 3, 2, 2\]\)"),
+    (nn.Flatten(), [], "there are no images"),
+])
+def test_bad_input(split, model, data, message):
+    with pytest.raises(ValueError, match=message): evaluate.evaluate(model, batches(split, 4) if data is None else data)
+
+def test_agreement_needs_the_same_images(net, split):
+    a, b = (evaluate.evaluate(net, [(split[0], y)]) for y in (split[1], split[1].flip(0)))
+    with pytest.raises(ValueError, match="labels differ"): evaluate.agreement(a, b)
+
+
+def test_bootstrap_is_deterministic_and_paired():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 400)) < 0.6, rng.random((3, 400)) < 0.5
+    state = np.random.get_state()[1].copy()
+    one = evaluate.paired_bootstrap(a, b, seed=1)
+    assert one == evaluate.paired_bootstrap(torch.tensor(a), torch.tensor(b), seed=1) != evaluate.paired_bootstrap(a, b, seed=2)
+    assert (np.random.get_state()[1] == state).all()
+    assert one.low < one.mean < one.high and one.mean == pytest.approx(a.mean() - b.mean())
+    other = evaluate.paired_bootstrap(b, a, seed=1)
+    assert (other.low, other.high) == pytest.approx((-one.high, -one.low), abs=0.005)
+    assert evaluate.paired_bootstrap(a, a, seed=1) == (0, 0, 0)
+
+@pytest.mark.parametrize("a, b, message", [
+    (np.ones(3), np.ones(4), r"one shape.*\(3,\) and \(4,\)"),
+    (np.ones(0), np.ones(0), "one shape"),
+    (np.full(3, 0.5), np.ones(3), "0 or 1"),
+    (np.full(3, np.nan), np.ones(3), "0 or 1"),
+])
+def test_bootstrap_refuses(a, b, message):
+    with pytest.raises(ValueError, match=message): evaluate.paired_bootstrap(a, b, seed=0)
+
+@pytest.mark.parametrize("differences, message", [([0.1], "at least 2"), ([], "at least 2"), ([0.1, float("nan")], "finite")])
+def test_t_interval_refuses(differences, message):
+    with pytest.raises(ValueError, match=message): evaluate.t_interval(differences)
+
+
+def test_report_reads_what_folder_writes(tmp_path):
+    for name, seed in (("meta", None), ("e2e", 0), ("e2e", 1)):
+        stage = folder.Folder(tmp_path/"exp"/f"{name}-{seed}").start({"seed": seed})
+        stage.log(step=1, epoch=0.5, loss=2.0)
+        stage.log(step=2, epoch=1, top1=0.5)
+        stage.finish(hash=f"{name}{seed}", name=name, seed=seed, seconds=1.0, results={"top1": 0.5, "name": "kept"})
+    folder.Folder(tmp_path/"exp"/"e2e-2").start({"seed": 2}).log(step=1, epoch=0.5, loss=2.0)
+    runs, metrics = report.runs_table(tmp_path), report.metrics_table(tmp_path/"exp")
+    assert sorted(runs.hash) == ["e2e0", "e2e1", "metaNone"] and set(runs["results.name"]) == {"kept"} and str(runs.seed.dtype) == "Int64"
+    assert len(metrics) == 6 and metrics.top1.count() == 3
+    arms = runs[runs.name == "e2e"].assign(arm="E2E")
+    report.save(report.bars(arms), tmp_path/"figures"/"bars.svg")
+    report.save(report.curves(metrics, hue="name"), tmp_path/"figures"/"curves.png")
+    assert sorted(p.name for p in (tmp_path/"figures").iterdir()) == ["bars.svg", "curves.png"]
+    assert "| E2E" in report.markdown(arms[["arm", "seed", "top1"]])
+    for done in tmp_path.rglob("done.json"): done.write_text("{")
+    with pytest.raises(ValueError) as e: report.runs_table(tmp_path)
+    assert str(e.value).count("done.json is damaged") == 3
