@@ -22,6 +22,7 @@ def write(notebook=root/"nbs/index.ipynb", target=root/"README.md"):
     for cell in nb.cells:
         if cell.cell_type == "code": cell.source = without_directives(cell)
     nb.cells = [cell for cell in nb.cells if cell.source.strip()]
+    nb.metadata.setdefault("language_info", {})["name"] = "python"      # the name beside the code fence
     text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "../figures", "unique_key": "readme"})
     for name, data in resources["outputs"].items(): (target.parent/"nbs"/name).resolve().write_bytes(data)
     text = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
