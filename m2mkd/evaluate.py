@@ -6,7 +6,7 @@
 __all__ = ['GROUPED', 'Result', 'evaluating', 'evaluate_all', 'evaluate', 'Agreement', 'agreement', 'Interval', 't_interval',
            'paired_bootstrap', 'Cost', 'cost']
 
-# %% ../nbs/09_evaluate.ipynb #c0791c2c
+# %% ../nbs/09_evaluate.ipynb #947e0f3d
 import contextlib, itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from .core import seed_of, seeded
 
-# %% ../nbs/09_evaluate.ipynb #5e42f5cb
+# %% ../nbs/09_evaluate.ipynb #7bd3fa6e
 @dataclass(frozen=True, eq=False)
 class Result:
     "A model's logits (n, C) and the labels (n,), on the CPU; accuracies are shares in 0..1, the loss is in nats."
@@ -53,7 +53,7 @@ class Result:
 
     def __repr__(self): return "Result(" + ", ".join(f"{k}={v:.4g}" for k, v in self.summary().items()) + ")"
 
-# %% ../nbs/09_evaluate.ipynb #0a5ef382
+# %% ../nbs/09_evaluate.ipynb #8abaf289
 @contextlib.contextmanager
 def evaluating(*models):
     "Inside, all `models` are in eval mode, without gradients; afterwards each submodule has its own mode back."
@@ -88,7 +88,7 @@ def _result(name, logits, labels):
         raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but model {name!r} has the classes 0..{z.shape[1] - 1}")
     return Result(z, y)
 
-# %% ../nbs/09_evaluate.ipynb #3be46de6
+# %% ../nbs/09_evaluate.ipynb #baaf1f80
 def evaluate_all(models, batches):
     "{name: Result} of {name: model} over batches of (images (B,3,H,W), labels (B,)); reads each batch once. Keeps n x C floats a model."
     logits, labels = {name: [] for name in models}, []
@@ -104,7 +104,7 @@ def evaluate(model, batches):
     "The Result of one model (images -> logits) over batches of (images, labels)."
     return evaluate_all({"model": model}, batches)["model"]
 
-# %% ../nbs/09_evaluate.ipynb #a86e271f
+# %% ../nbs/09_evaluate.ipynb #d0dced38
 class Agreement(NamedTuple):
     "Share of equal predictions (0..1) and mean KL(a||b) in nats."
     same: float
@@ -119,7 +119,7 @@ def agreement(a, b):
     kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
     return Agreement((a.predictions == b.predictions).double().mean().item(), kl.item())
 
-# %% ../nbs/09_evaluate.ipynb #3cf95bf0
+# %% ../nbs/09_evaluate.ipynb #cf21dd0c
 class Interval(NamedTuple):
     "A mean and the ends of its confidence interval."
     mean: float
@@ -143,7 +143,7 @@ def t_interval(differences, confidence=0.95):
     half = stdtrit(len(d) - 1, (1 + c) / 2) * d.std(ddof=1) / np.sqrt(len(d))
     return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
 
-# %% ../nbs/09_evaluate.ipynb #7c653a9f
+# %% ../nbs/09_evaluate.ipynb #ac3c262e
 def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
     "Interval of accuracy(a) - accuracy(b) over resampled images; inputs 0/1 or bool, (images,) or (seeds, images)."
     a, b = (np.asarray(c, dtype=np.float64) for c in (correct_a, correct_b))
@@ -157,7 +157,7 @@ def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
     low, high = np.quantile(drawn @ values / (images * seeds), [tail, 1 - tail])
     return Interval(float(total.mean() / seeds), float(low), float(high))
 
-# %% ../nbs/09_evaluate.ipynb #e0555c2d
+# %% ../nbs/09_evaluate.ipynb #8bf8adb7
 class Cost(NamedTuple):
     "Number of parameters, and FLOPs (a multiply-add is two) of one forward pass."
     parameters: int

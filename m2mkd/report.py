@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'STYLE', 'runs_table', 'metrics_table', 'compare', 'markdown', 'curves', 'bars', 'save']
 
-# %% ../nbs/12_report.ipynb #4763e188
+# %% ../nbs/12_report.ipynb #c668ad30
 import json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from .core import known, read_json, whole
 from .evaluate import t_interval
 
-# %% ../nbs/12_report.ipynb #71963bc0
+# %% ../nbs/12_report.ipynb #b67472a0
 def _lines(path):
     "The JSON lines of a file as a list; an error names the damaged line. A file that is missing has none."
     found = []
@@ -61,7 +61,7 @@ def metrics_table(folder):
             for stage, done, lines in _finished(folder, lambda stage: _lines(stage/"metrics.jsonl")) for line in lines]
     return _integers(pd.DataFrame(rows))
 
-# %% ../nbs/12_report.ipynb #6680462a
+# %% ../nbs/12_report.ipynb #72280d70
 def _columns(table, *names):
     for name in names: known(name, list(table.columns), "column")
 
@@ -83,15 +83,16 @@ def compare(table, baseline, by="arm", y="top1", confidence=0.95):
         d = (wide[arm] - wide[baseline]).dropna()
         ends = t_interval(d, confidence) if len(d) > 1 and arm != baseline else (d.mean() if arm != baseline else None, None, None)
         rows.append([arm, wide[arm].count(), wide[arm].mean(), wide[arm].std(), *ends])
-    return pd.DataFrame(rows, columns=[by, "n", "mean", "sd", "difference", "low", "high"]).astype({"difference": float, "low": float, "high": float})
+    columns = [by, "n", "mean", "sd", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], float))
 
-# %% ../nbs/12_report.ipynb #4984908b
+# %% ../nbs/12_report.ipynb #40026aa8
 def _cell(x, digits):
     if pd.api.types.is_scalar(x) and pd.isna(x): return ""
     return (f"{x:.{digits}f}" if isinstance(x, float) else str(x)).replace("|", "\\|").replace("\n", " ")
 
 def markdown(table, digits=3):
-    "A table as text that is also markdown: floats with `digits` decimals, numbers to the right, missing values empty; a named index is kept."
+    "A table as text that is also markdown: floats with `digits` decimals, missing values empty; a named index is kept."
     if any(table.index.names): table = table.reset_index()
     cells = [[str(c) for c in table.columns], *([_cell(x, digits) for x in row] for row in table.itertuples(index=False, name=None))]
     right = [pd.api.types.is_numeric_dtype(t) for t in table.dtypes]
@@ -100,8 +101,8 @@ def markdown(table, digits=3):
     rule = " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right))
     return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
 
-# %% ../nbs/12_report.ipynb #91c8640a
-LABELS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)", "loss": "loss (nats)", "epoch": "epoch", "seconds": "seconds"}
+# %% ../nbs/12_report.ipynb #c618dfaf
+LABELS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)", "loss": "loss (nats)", "test_loss": "test loss (nats)"}
 STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.9), "axes.grid": True, "grid.color": "0.92",
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 72}
 
@@ -128,7 +129,8 @@ def curves(table, x="epoch", y="top1", hue="arm"):
     means, arms = table.groupby([hue, "seed", x], sort=False, dropna=False)[y].mean().reset_index(), table[hue].unique()
     with plt.rc_context(STYLE):
         fig, ax = _figure(7.5, 4)
-        sns.lineplot(means, x=x, y=y, hue=hue, hue_order=arms, palette=_palette(arms), errorbar=_ends, err_kws={"alpha": 0.15, "lw": 0}, ax=ax)
+        sns.lineplot(means, x=x, y=y, hue=hue, hue_order=arms, palette=_palette(arms), errorbar=_ends,
+                     err_kws={"alpha": 0.15, "lw": 0}, ax=ax)
         ax.legend(title=None)
         _labelled(ax.xaxis, x); _labelled(ax.yaxis, y)
     return fig
@@ -138,16 +140,16 @@ def bars(table, y="top1", by="arm"):
     _columns(table, y, by, "seed")
     table = _once(table.dropna(subset=[y]), by, "seed")
     arms = table[by].unique()
-    shared = dict(x=y, y=by, hue=by, order=arms, hue_order=arms, legend=False)
+    shared = dict(x=y, y=by, hue=by, order=arms, hue_order=arms, legend=False, palette=_palette(arms))
     with plt.rc_context(STYLE):
         fig, ax = _figure(7.5, 0.8 + 0.45 * len(arms))
-        sns.barplot(table, **shared, palette=_palette(arms), errorbar=_ends, capsize=0.3, err_kws={"lw": 1.2, "color": "0.2"}, alpha=0.6, ax=ax)
-        sns.stripplot(table, **shared, palette=_palette(arms), edgecolor="0.2", linewidth=0.7, size=5, jitter=False, ax=ax)
+        sns.barplot(table, **shared, errorbar=_ends, capsize=0.3, err_kws={"lw": 1.2, "color": "0.2"}, alpha=0.6, ax=ax)
+        sns.stripplot(table, **shared, edgecolor="0.2", linewidth=0.7, size=5, jitter=False, ax=ax)
         ax.grid(False, axis="y"); ax.set_ylabel("")
         _labelled(ax.xaxis, y)
     return fig
 
-# %% ../nbs/12_report.ipynb #41f087a4
+# %% ../nbs/12_report.ipynb #3656b2c9
 def save(fig, path):
     "Write the figure to `path` (.png or .svg), whole, and the same bytes for the same figure; gives the path."
     path, empty = Path(path), {"png": ["Software"], "svg": ["Date", "Creator"]}
