@@ -33,7 +33,8 @@ def our_state(state):
     for key, value in state.items():
         stage, rest = key.split(".", 1)
         if m := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.0\.(.+)", rest):
-            experts = torch.cat([state[k] for k in sorted(state) if re.fullmatch(re.escape(f"{stage}.{m[1]}.moe.experts.") + r"\d+\." + m[2], k)])
+            one = re.escape(f"{stage}.{m[1]}.moe.experts.") + r"\d+\." + m[2]
+            experts = torch.cat([state[k] for k in sorted(state) if re.fullmatch(one, k)])
             ours[f"{stage}.{m[1]}.mlp.{stacks[m[2]]}"] = experts.mT.contiguous() if experts.dim() == 3 else experts
         elif ".experts." not in rest:
             part = "" if rest.startswith("blocks.") else "head.vit." if rest.startswith(("norm.", "head.")) else "embed.vit."
@@ -104,7 +105,7 @@ def test_a_mixture_is_the_same_on_both_paths(dtype, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs a GPU of compute capability 9")
 def test_the_grouped_path_on_a_gpu_does_not_wait_and_agrees():
-    with seeded(0, "mixture"): mixture, x = Mixture(64, 256, experts=8, top_k=2).cuda(), torch.randn(4, 50, 64, device="cuda", requires_grad=True)
+    with seeded(0, "mixture"): mixture, x = Mixture(64, 256, experts=8, top_k=2).cuda(), torch.randn(4, 50, 64).cuda().requires_grad_()
 
     def run():
         with torch.autocast("cuda", torch.bfloat16): y = mixture(x)
