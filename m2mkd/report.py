@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'STYLE', 'runs_table', 'metrics_table', 'compare', 'markdown', 'curves', 'bars', 'save']
 
-# %% ../nbs/12_report.ipynb #c668ad30
+# %% ../nbs/12_report.ipynb #91a047fb
 import json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from .core import known, read_json, whole
 from .evaluate import t_interval
 
-# %% ../nbs/12_report.ipynb #b67472a0
+# %% ../nbs/12_report.ipynb #1271563e
 def _lines(path):
     "The JSON lines of a file as a list; an error names the damaged line. A file that is missing has none."
     found = []
@@ -61,7 +61,7 @@ def metrics_table(folder):
             for stage, done, lines in _finished(folder, lambda stage: _lines(stage/"metrics.jsonl")) for line in lines]
     return _integers(pd.DataFrame(rows))
 
-# %% ../nbs/12_report.ipynb #72280d70
+# %% ../nbs/12_report.ipynb #97316f28
 def _columns(table, *names):
     for name in names: known(name, list(table.columns), "column")
 
@@ -86,7 +86,7 @@ def compare(table, baseline, by="arm", y="top1", confidence=0.95):
     columns = [by, "n", "mean", "sd", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], float))
 
-# %% ../nbs/12_report.ipynb #40026aa8
+# %% ../nbs/12_report.ipynb #b814c020
 def _cell(x, digits):
     if pd.api.types.is_scalar(x) and pd.isna(x): return ""
     return (f"{x:.{digits}f}" if isinstance(x, float) else str(x)).replace("|", "\\|").replace("\n", " ")
@@ -101,7 +101,7 @@ def markdown(table, digits=3):
     rule = " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right))
     return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
 
-# %% ../nbs/12_report.ipynb #c618dfaf
+# %% ../nbs/12_report.ipynb #9890ba66
 LABELS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)", "loss": "loss (nats)", "test_loss": "test loss (nats)"}
 STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.9), "axes.grid": True, "grid.color": "0.92",
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 72}
@@ -128,10 +128,10 @@ def curves(table, x="epoch", y="top1", hue="arm"):
     if "hash" in table: _once(table[[hue, "seed", "hash"]].drop_duplicates(), hue, "seed")
     means, arms = table.groupby([hue, "seed", x], sort=False, dropna=False)[y].mean().reset_index(), table[hue].unique()
     with plt.rc_context(STYLE):
-        fig, ax = _figure(7.5, 4)
+        fig, ax = _figure(8, 4)
         sns.lineplot(means, x=x, y=y, hue=hue, hue_order=arms, palette=_palette(arms), errorbar=_ends,
                      err_kws={"alpha": 0.15, "lw": 0}, ax=ax)
-        ax.legend(title=None)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         _labelled(ax.xaxis, x); _labelled(ax.yaxis, y)
     return fig
 
@@ -149,7 +149,7 @@ def bars(table, y="top1", by="arm"):
         _labelled(ax.xaxis, y)
     return fig
 
-# %% ../nbs/12_report.ipynb #3656b2c9
+# %% ../nbs/12_report.ipynb #d91ac59d
 def save(fig, path):
     "Write the figure to `path` (.png or .svg), whole, and the same bytes for the same figure; gives the path."
     path, empty = Path(path), {"png": ["Software"], "svg": ["Date", "Creator"]}
