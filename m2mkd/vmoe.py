@@ -6,7 +6,7 @@
 __all__ = ['Routing', 'check_top_k', 'Router', 'Plan', 'plan', 'deal', 'collect', 'looped', 'compute_dtype', 'grouped',
            'path_for', 'apply_experts', 'Mixture', 'VMoE']
 
-# %% ../nbs/06_vmoe.ipynb #6baf9cb3
+# %% ../nbs/06_vmoe.ipynb #919583d8
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .chain import check_depths
 from .vit import Model, check_patch, to_chain
 
-# %% ../nbs/06_vmoe.ipynb #42dbb15c
+# %% ../nbs/06_vmoe.ipynb #22a2461a
 class Routing(NamedTuple):
     "What a router decided for T tokens: `experts` (T, k) by falling weight, `weights` (T, k), and the `logits` (T, E) behind them."
     experts: torch.Tensor
@@ -48,7 +48,7 @@ class Router(nn.Module):
             top = logits.topk(self.top_k)
             return Routing(top.indices, top.values.softmax(1), logits)
 
-# %% ../nbs/06_vmoe.ipynb #a81e3720
+# %% ../nbs/06_vmoe.ipynb #09a55b65
 class Plan(NamedTuple):
     "Row r of the sorted copies is copy `order[r]` (token `order[r] // k`); `inverse` leads back; e's rows end before `ends[e]` (int32)."
     order: torch.Tensor
@@ -62,7 +62,7 @@ def plan(experts, number):
     inverse[order] = torch.arange(len(order), device=order.device)
     return Plan(order, inverse, torch.searchsorted(sorted_experts, torch.arange(number, device=order.device), right=True, out_int32=True))
 
-# %% ../nbs/06_vmoe.ipynb #61c60eb2
+# %% ../nbs/06_vmoe.ipynb #e4dbc9a1
 class _Rows(torch.autograd.Function):
     "Row r of the result is row order[r] // k of x; backward gathers by `inverse` and adds the k copies of a row up."
     @staticmethod
@@ -85,14 +85,14 @@ def collect(y, p, weights):
     copies = _Rows.apply(y, p.inverse, p.order, 1).unflatten(0, weights.shape)
     return (copies * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
-# %% ../nbs/06_vmoe.ipynb #6218f994
+# %% ../nbs/06_vmoe.ipynb #fd81738e
 def looped(x, ends, w1, b1, w2, b2):
     "Rows `x` (R, D) sorted by expert -> (R, D), one expert after the other."
     rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     weights = zip(rows, w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
     return torch.cat([torch.addmm(d, F.gelu(torch.addmm(b, r, a)), c) for r, a, b, c, d in weights])
 
-# %% ../nbs/06_vmoe.ipynb #d50d89a1
+# %% ../nbs/06_vmoe.ipynb #57452a0f
 def compute_dtype(x):
     "What a matrix product of `x` is computed in: autocast's type where that is on, else its own."
     auto = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -111,7 +111,7 @@ def grouped(x, ends, w1, b1, w2, b2):
     one_hot = (owner[:, None] == torch.arange(len(ends), device=x.device)).to(x.dtype)
     return _grouped_linear(F.gelu(_grouped_linear(x, ends, one_hot, w1, b1)), ends, one_hot, w2, b2)
 
-# %% ../nbs/06_vmoe.ipynb #cdb932bf
+# %% ../nbs/06_vmoe.ipynb #6136380a
 def path_for(device, dtype, widths, capability=0):
     "`grouped` where it has a fast kernel: bfloat16 on CUDA of compute capability 9 and more, `widths` multiples of 8; else `looped`."
     fast = device == "cuda" and dtype == torch.bfloat16 and capability >= 9
@@ -122,7 +122,7 @@ def apply_experts(x, ends, w1, b1, w2, b2):
     capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
     return path_for(x.device.type, compute_dtype(x), w1.shape[1:], capability)(x, ends, w1, b1, w2, b2)
 
-# %% ../nbs/06_vmoe.ipynb #3c9c4c80
+# %% ../nbs/06_vmoe.ipynb #2116204f
 class Mixture(nn.Module):
     "Tokens (..., D) -> (..., D): a mixture of `experts` MLPs of `hidden` width, `top_k` a token, in place of timm's `Mlp`."
     def __init__(self, width, hidden, experts=8, top_k=2, noise=0.):
@@ -146,7 +146,7 @@ class Mixture(nn.Module):
 
     def extra_repr(self): return "experts={}, width={}, hidden={}".format(*self.w1.shape)
 
-# %% ../nbs/06_vmoe.ipynb #e9eac12f
+# %% ../nbs/06_vmoe.ipynb #8dc6cf21
 class VMoE(Model):
     "A V-MoE in modules of `depths` blocks; the defaults are V-MoE-Base. `noise` is in units of 1/E (the V-MoE paper has 1)."
     depths: tuple[int, ...] = (3, 3, 3, 3)
@@ -186,8 +186,8 @@ class VMoE(Model):
         check_patch(image_size, self.patch)
         vit = VisionTransformer(
             img_size=image_size, patch_size=self.patch, num_classes=classes, embed_dim=self.width, depth=self.blocks, num_heads=self.heads,
-            mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, drop_path_rate=self.drop_path, norm_layer=partial(LayerNorm, eps=self.norm_eps),
-            class_token=self.class_token, global_pool="token" if self.class_token else "avg")
+            mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, drop_path_rate=self.drop_path, class_token=self.class_token,
+            norm_layer=partial(LayerNorm, eps=self.norm_eps), global_pool="token" if self.class_token else "avg")
         hidden = int(self.width * self.mlp_ratio)
         for i in self.positions: vit.blocks[i].mlp = Mixture(self.width, hidden, self.experts, self.top_k, self.noise)
         return vit

@@ -103,7 +103,10 @@ def test_a_mixture_is_the_same_on_both_paths(dtype, monkeypatch):
         assert a.dtype == b.dtype and (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2) * a.abs().max()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs a GPU of compute capability 9")
+FAST = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
+@pytest.mark.skipif(not FAST, reason="needs a GPU of compute capability 9")
 def test_the_grouped_path_on_a_gpu_does_not_wait_and_agrees():
     with seeded(0, "mixture"): mixture, x = Mixture(64, 256, experts=8, top_k=2).cuda(), torch.randn(4, 50, 64).cuda().requires_grad_()
 
