@@ -6,7 +6,7 @@
 __all__ = ['OPERATIONS', 'rand_numbers', 'Augment', 'draws', 'crop_flip', 'rand_augment', 'normalise', 'erase', 'augmented',
            'mixed']
 
-# %% ../nbs/02b_augment.ipynb #f48f2160
+# %% ../nbs/02b_augment.ipynb #b2a7db1f
 import math, re
 
 import kornia.enhance as ke
@@ -19,7 +19,7 @@ from timm.data.mixup import mixup_target
 
 from .core import Settings, generator, seeded
 
-# %% ../nbs/02b_augment.ipynb #1f42737b
+# %% ../nbs/02b_augment.ipynb #69d1a6b4
 def rand_numbers(text):
     "The numbers in a timm-style string such as 'rand-m9-mstd0.5-inc1', with timm's defaults; a ValueError says which part is wrong."
     numbers = dict(m=10., n=2., p=0.5, mstd=0., mmax=10., inc=0.)
@@ -33,7 +33,7 @@ def rand_numbers(text):
         raise ValueError(f"randaugment = {text!r}: n is a whole number from 1, p at most 1, inc 0 or 1, m at most mmax (10 if not given)")
     return numbers
 
-# %% ../nbs/02b_augment.ipynb #4b7958eb
+# %% ../nbs/02b_augment.ipynb #9a096c9e
 class Augment(Settings):
     "How training images are augmented; see the fields. Order: crop or shift, flip, RandAugment, normalise, erase, mix."
     scale: tuple[float, float] | None = None   # random resized crop: smallest and largest share of the area
@@ -58,13 +58,13 @@ class Augment(Settings):
         if self.scale is not None and self.pad: raise ValueError(f"scale = {self.scale} and pad = {self.pad} are two ways to crop: set one")
         return self
 
-# %% ../nbs/02b_augment.ipynb #86286cea
+# %% ../nbs/02b_augment.ipynb #84a521b1
 def draws(augment, n, seed, step):
     "The uniform table (n, K) of a batch of n images, on the CPU: a pure function of its arguments."
     layers = int(rand_numbers(augment.randaugment)["n"]) if augment.randaugment else 0
     return torch.rand(n, 10 + 4 * layers, generator=generator(seed, "augment", step))
 
-# %% ../nbs/02b_augment.ipynb #5f113e8c
+# %% ../nbs/02b_augment.ipynb #8cc5c581
 def _sample(x, ax, tx, ay, ty):
     "Read x (B, 3, H, W) at (ax x + tx, ay y + ty), each (B,), bilinearly; black outside."
     n, _, h, w = x.shape
@@ -89,7 +89,7 @@ def crop_flip(x, augment, u):
         tx, ty = 2 * steps[:, 0] / x.shape[-1], 2 * steps[:, 1] / x.shape[-2]
     return _sample(x, *(v.to(x.device) for v in (ax * sign, tx, ay, ty)))
 
-# %% ../nbs/02b_augment.ipynb #953dfce6
+# %% ../nbs/02b_augment.ipynb #8594f048
 _GREY = 128 / 255
 
 def _factor(m, sign, inc):
@@ -124,7 +124,7 @@ OPERATIONS = {
     "translate-y": lambda x, m, sign, inc: kt.translate(x - _GREY, _pair(sign * 0.45 * m * x.shape[-2], "y")) + _GREY,
 }
 
-# %% ../nbs/02b_augment.ipynb #e716f012
+# %% ../nbs/02b_augment.ipynb #aa32e39e
 def rand_augment(x, text, u):
     "RandAugment of x (B, 3, H, W) in 0..1 with the uniform numbers u (B, 4 n) on the CPU: operation, applied or not, strength, sign."
     numbers, x = rand_numbers(text), x.clone()
@@ -139,13 +139,13 @@ def rand_augment(x, text, u):
             x[mine] = operation(x[mine], *at, bool(numbers["inc"])).clamp_(0, 1)
     return x
 
-# %% ../nbs/02b_augment.ipynb #c0ce364f
-def normalise(x):
-    "x (B, 3, H, W) in 0..1 with ImageNet's mean and standard deviation a channel."
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (x - mean) / std
+# %% ../nbs/02b_augment.ipynb #2757ff49
+def normalise(x, high=1.):
+    "x (B, 3, H, W) float in 0..high -> (x / high - mean) / std, with ImageNet's mean and std of each channel."
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return torch.addcmul(-mean / std, x, 1 / (std * high))
 
-# %% ../nbs/02b_augment.ipynb #96152a20
+# %% ../nbs/02b_augment.ipynb #be032de7
 def erase(x, p, u, noise):
     "x (B, 3, H, W) normalised, with a rectangle of `noise` in about p B images; u (B, 5): erased or not, area, ratio, left, top."
     h, w = x.shape[-2:]
@@ -156,18 +156,17 @@ def erase(x, p, u, noise):
     mask = inside(top, high, h)[:, :, None] & inside(left, wide, w)[:, None, :] & (u[:, 0] < p)[:, None, None]
     return torch.where(mask[:, None].to(x.device), noise, x)
 
-# %% ../nbs/02b_augment.ipynb #b4972112
+# %% ../nbs/02b_augment.ipynb #737923fb
 def augmented(images, augment, seed, step, rows, n):
     "Images (B, 3, H, W) uint8, at positions `rows` of a batch of n -> float32, augmented and normalised, on the images' device."
     u = draws(augment, n, seed, step)[rows]
-    x = crop_flip(images.float(), augment, u[:, :5]) / 255
-    if augment.randaugment: x = rand_augment(x, augment.randaugment, u[:, 10:])
-    x = normalise(x)
+    x = crop_flip(images.float(), augment, u[:, :5])
+    x = normalise(rand_augment(x / 255, augment.randaugment, u[:, 10:])) if augment.randaugment else normalise(x, 255)
     if not augment.erasing: return x
     noise = torch.randn(n, *x.shape[1:], generator=generator(seed, "erasing", step, x.device), device=x.device)
     return erase(x, augment.erasing, u[:, 5:10], noise[rows.to(x.device)])
 
-# %% ../nbs/02b_augment.ipynb #b1f5a01b
+# %% ../nbs/02b_augment.ipynb #4f004c41
 def mixed(x, labels, classes, augment, seed, step):
     "Images (B, 3, H, W) and labels (B,) -> images and soft targets (B, C), by timm's mixup and cutmix, smoothed."
     if not (augment.mixup or augment.cutmix): return x, mixup_target(labels, classes, 1., augment.smoothing)
