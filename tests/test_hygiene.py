@@ -1,0 +1,113 @@
+"What the house asks of its files: experiments, notebooks, sizes, floors."
+import ast, re, subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+experiments = sorted((root/"nbs/experiments").glob("*.ipynb"))
+lessons = sorted((root/"nbs").glob("*.ipynb"))
+modules = sorted((root/"m2mkd").glob("[!_]*.py"))
+executed = sorted((root/"runs").rglob("*.ipynb"))
+each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.stem)
+
+# A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
+FLOORS = dict(core=0, folder=0, chain=1, vit=1, graphs=1, sources=1, augment=1, data=1, vmoe=2, nac=2, train=2,
+              distill=3, evaluate=3, convert=3, pipeline=4, report=4)
+BESIDE = dict(vit={"chain"}, data={"sources", "augment"})
+
+
+def code_cells(path): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
+
+
+def parameter_lines(path):
+    "The lines of the parameters cell that set something, as (line, parsed statement)."
+    lines = [line for line in code_cells(path)[0].source.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line, ast.parse(line).body) for line in lines]
+
+
+@each("path", experiments)
+def test_parameters_cell(path):
+    cells = code_cells(path)
+    assert cells[0].metadata.get("tags") == ["parameters"], "the first code cell is to be tagged parameters"
+    for line, body in parameter_lines(path):
+        assert len(body) == 1 and isinstance(body[0], ast.Assign) and isinstance(body[0].targets[0], ast.Name), f"one assignment a line: {line}"
+        ast.literal_eval(body[0].value)
+        assert re.search(r"\S\s+# \S", line), f"a trailing # is to say what it is: {line}"
+    assert "parameters()" in cells[1].source, "the second code cell is to call core.parameters()"
+
+
+@each("path", experiments)
+def test_every_parameter_is_read(path):
+    declared = {body[0].targets[0].id for _, body in parameter_lines(path)}
+    tree = ast.parse("\n".join("\n".join(line for line in c.source.splitlines() if line[:1] not in "%!") for c in code_cells(path)[1:]))
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    if "vars" in read: return                                           # all of them go on as they are
+    assert declared <= read, f"declared and never read: {sorted(declared - read)}"
+
+
+@each("path", experiments)
+def test_experiments_export_nothing(path):
+    assert not re.search(r"#\| ?(default_exp|export)", path.read_text()), "an experiment exports nothing"
+
+
+def test_the_library_imports_no_experiment():
+    for f in modules: assert "experiments" not in re.findall(r"(?:from|import) +([\w.]+)", f.read_text()), f.name
+
+
+@each("path", lessons + experiments + executed)
+def test_notebook_shows_no_machine_and_no_person(path):
+    text = path.read_text()
+    found = re.findall(r"/(?:home|root|tmp|Users|work|mnt)/[\w.-]+|[\w.+-]+@[\w-]+\.[a-z]{2,}(?![\w(])", text)
+    assert not found, f"paths of a machine or addresses: {sorted(set(found))[:5]}"
+    assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
+
+
+@each("path", lessons + experiments)
+def test_notebook_has_no_error_and_no_widget(path):
+    for cell in code_cells(path):
+        kinds = {o.output_type for o in cell.outputs} | {k for o in cell.outputs for k in o.get("data", {})}
+        assert not kinds & {"error", "application/vnd.jupyter.widget-view+json"}, cell.source[:80]
+
+
+def test_cleaning_keeps_the_parameters_tag():
+    ini = ConfigParser(delimiters="=", interpolation=None)
+    ini.read(root/"settings.ini")
+    assert ini["DEFAULT"]["allowed_cell_metadata_keys"].split() == ["tags"]
+
+
+@each("path", modules)
+def test_sizes(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{len(text.splitlines())} lines: two ideas?"
+    assert max(map(len, text.splitlines())) <= 180
+    for f in ast.walk(ast.parse(text)):
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert f.end_lineno - f.lineno < 50, f"{f.name} has {f.end_lineno - f.lineno + 1} lines"
+
+
+@each("path", modules)
+def test_floors(path):
+    assert path.stem in FLOORS, f"{path.stem} has no floor yet: give it one in this test"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("m2mkd")): continue
+        name = (node.module or "").removeprefix("m2mkd").lstrip(".")
+        for used in [name] if name else [a.name for a in node.names]:
+            allowed = used == "core" or FLOORS[used] < FLOORS[path.stem] or used in BESIDE.get(path.stem, ())
+            assert allowed, f"{path.stem} (floor {FLOORS[path.stem]}) imports {used} (floor {FLOORS[used]})"
+
+
+def test_the_library_needs_no_notebook_tool():
+    for f in modules:
+        for node in ast.walk(ast.parse(f.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & {"fastcore", "nbdev", "IPython", "papermill", "ipywidgets"}, f.name
+
+
+def test_no_large_file():
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if run.returncode: pytest.skip("not a git checkout")
+    files = [root/name for name in run.stdout.split("\0") if name and not name.startswith("tests/reference/")]
+    assert not [f.name for f in files if f.exists() and f.stat().st_size > 500_000]
