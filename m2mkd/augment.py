@@ -6,20 +6,20 @@
 __all__ = ['OPERATIONS', 'rand_numbers', 'Augment', 'draws', 'crop_flip', 'rand_augment', 'normalise', 'erase', 'augmented',
            'mixed']
 
-# %% ../nbs/02b_augment.ipynb #b2a7db1f
+# %% ../nbs/02b_augment.ipynb #a9236d0c
 import math, re
 
 import kornia.enhance as ke
 import kornia.geometry.transform as kt
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.mixup import mixup_target
 
 from .core import Settings, generator, seeded
 
-# %% ../nbs/02b_augment.ipynb #69d1a6b4
+# %% ../nbs/02b_augment.ipynb #ca2dbd8c
 def rand_numbers(text):
     "The numbers in a timm-style string such as 'rand-m9-mstd0.5-inc1', with timm's defaults; a ValueError says which part is wrong."
     numbers = dict(m=10., n=2., p=0.5, mstd=0., mmax=10., inc=0.)
@@ -33,7 +33,7 @@ def rand_numbers(text):
         raise ValueError(f"randaugment = {text!r}: n is a whole number from 1, p at most 1, inc 0 or 1, m at most mmax (10 if not given)")
     return numbers
 
-# %% ../nbs/02b_augment.ipynb #9a096c9e
+# %% ../nbs/02b_augment.ipynb #c596131a
 class Augment(Settings):
     "How training images are augmented; see the fields. Order: crop or shift, flip, RandAugment, normalise, erase, mix."
     scale: tuple[float, float] | None = None   # random resized crop: smallest and largest share of the area
@@ -51,20 +51,23 @@ class Augment(Settings):
         if text is not None: rand_numbers(text)
         return text
 
-    @model_validator(mode="after")
-    def _crops(self):
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale = {self.scale} should be 0 < smallest <= largest <= 1")
-        if self.scale is not None and self.pad: raise ValueError(f"scale = {self.scale} and pad = {self.pad} are two ways to crop: set one")
-        return self
+    @field_validator("scale")
+    def _shares(cls, scale):
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1: raise ValueError("it should be (smallest, largest) with 0 < smallest <= largest <= 1")
+        return scale
 
-# %% ../nbs/02b_augment.ipynb #84a521b1
+    @field_validator("pad")
+    def _one_crop(cls, pad, others):
+        if pad and others.data.get("scale"): raise ValueError(f"scale = {others.data['scale']} crops already: set one of the two")
+        return pad
+
+# %% ../nbs/02b_augment.ipynb #a0352481
 def draws(augment, n, seed, step):
     "The uniform table (n, K) of a batch of n images, on the CPU: a pure function of its arguments."
     layers = int(rand_numbers(augment.randaugment)["n"]) if augment.randaugment else 0
     return torch.rand(n, 10 + 4 * layers, generator=generator(seed, "augment", step))
 
-# %% ../nbs/02b_augment.ipynb #8cc5c581
+# %% ../nbs/02b_augment.ipynb #ce71cc74
 def _sample(x, ax, tx, ay, ty):
     "Read x (B, 3, H, W) at (ax x + tx, ay y + ty), each (B,), bilinearly; black outside."
     n, _, h, w = x.shape
@@ -89,7 +92,7 @@ def crop_flip(x, augment, u):
         tx, ty = 2 * steps[:, 0] / x.shape[-1], 2 * steps[:, 1] / x.shape[-2]
     return _sample(x, *(v.to(x.device) for v in (ax * sign, tx, ay, ty)))
 
-# %% ../nbs/02b_augment.ipynb #8594f048
+# %% ../nbs/02b_augment.ipynb #7778f4c2
 _GREY = 128 / 255
 
 def _factor(m, sign, inc):
@@ -124,7 +127,7 @@ OPERATIONS = {
     "translate-y": lambda x, m, sign, inc: kt.translate(x - _GREY, _pair(sign * 0.45 * m * x.shape[-2], "y")) + _GREY,
 }
 
-# %% ../nbs/02b_augment.ipynb #aa32e39e
+# %% ../nbs/02b_augment.ipynb #1f868413
 def rand_augment(x, text, u):
     "RandAugment of x (B, 3, H, W) in 0..1 with the uniform numbers u (B, 4 n) on the CPU: operation, applied or not, strength, sign."
     numbers, x = rand_numbers(text), x.clone()
@@ -139,34 +142,39 @@ def rand_augment(x, text, u):
             x[mine] = operation(x[mine], *at, bool(numbers["inc"])).clamp_(0, 1)
     return x
 
-# %% ../nbs/02b_augment.ipynb #2757ff49
+# %% ../nbs/02b_augment.ipynb #f250acf4
 def normalise(x, high=1.):
     "x (B, 3, H, W) float in 0..high -> (x / high - mean) / std, with ImageNet's mean and std of each channel."
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return torch.addcmul(-mean / std, x, 1 / (std * high))
 
-# %% ../nbs/02b_augment.ipynb #be032de7
-def erase(x, p, u, noise):
-    "x (B, 3, H, W) normalised, with a rectangle of `noise` in about p B images; u (B, 5): erased or not, area, ratio, left, top."
+# %% ../nbs/02b_augment.ipynb #f236b01b
+def erase(x, u, noise):
+    "x (B, 3, H, W) normalised, with a rectangle of `noise` in each image; u (B, 4): area, ratio, left, top."
     h, w = x.shape[-2:]
-    area, ratio = 0.02 + (1 / 3 - 0.02) * u[:, 1], torch.exp((u[:, 2] * 2 - 1) * math.log(10 / 3))
+    area, ratio = 0.02 + (1 / 3 - 0.02) * u[:, 0], torch.exp((u[:, 1] * 2 - 1) * math.log(10 / 3))
     wide, high = ((area * r).sqrt().clamp(max=1) for r in (1 / ratio, ratio))
-    left, top = u[:, 3] * (1 - wide) * w, u[:, 4] * (1 - high) * h
+    left, top = u[:, 2] * (1 - wide) * w, u[:, 3] * (1 - high) * h
     inside = lambda start, length, size: (start[:, None] <= torch.arange(size)) & (torch.arange(size) < (start + length * size)[:, None])
-    mask = inside(top, high, h)[:, :, None] & inside(left, wide, w)[:, None, :] & (u[:, 0] < p)[:, None, None]
+    mask = inside(top, high, h)[:, :, None] & inside(left, wide, w)[:, None, :]
     return torch.where(mask[:, None].to(x.device), noise, x)
 
-# %% ../nbs/02b_augment.ipynb #737923fb
+# %% ../nbs/02b_augment.ipynb #3d579965
 def augmented(images, augment, seed, step, rows, n):
     "Images (B, 3, H, W) uint8, at positions `rows` of a batch of n -> float32, augmented and normalised, on the images' device."
-    u = draws(augment, n, seed, step)[rows]
+    table = draws(augment, n, seed, step)
+    u = table[rows]
     x = crop_flip(images.float(), augment, u[:, :5])
     x = normalise(rand_augment(x / 255, augment.randaugment, u[:, 10:])) if augment.randaugment else normalise(x, 255)
     if not augment.erasing: return x
-    noise = torch.randn(n, *x.shape[1:], generator=generator(seed, "erasing", step, x.device), device=x.device)
-    return erase(x, augment.erasing, u[:, 5:10], noise[rows.to(x.device)])
+    hit = table[:, 5] < augment.erasing
+    noise = torch.randn(int(hit.sum()), *x.shape[1:], generator=generator(seed, "erasing", step, x.device), device=x.device)
+    mine = hit[rows].nonzero().flatten()
+    at, nth = mine.to(x.device), (hit.cumsum(0) - 1)[rows[mine]].to(x.device)
+    x[at] = erase(x[at], u[mine, 6:10], noise[nth])
+    return x
 
-# %% ../nbs/02b_augment.ipynb #4f004c41
+# %% ../nbs/02b_augment.ipynb #f970f9a0
 def mixed(x, labels, classes, augment, seed, step):
     "Images (B, 3, H, W) and labels (B,) -> images and soft targets (B, C), by timm's mixup and cutmix, smoothed."
     if not (augment.mixup or augment.cutmix): return x, mixup_target(labels, classes, 1., augment.smoothing)

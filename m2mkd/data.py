@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageSet', 'FileSet', 'timm_transform', 'decoded', 'Data', 'load', 'Batches', 'whole_split', 'Augment']
 
-# %% ../nbs/02_data.ipynb #fa1bff6e
+# %% ../nbs/02_data.ipynb #4114f849
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ from .augment import Augment, augmented, mixed, normalise
 from .core import Settings, generator, hash_of, known, progress, seeded, whole
 from .sources import decode, open_source, rank_in_class
 
-# %% ../nbs/02_data.ipynb #c512c2ee
+# %% ../nbs/02_data.ipynb #fc6188a6
 _all_ = ["Augment"]   # importable from here, too
 
-# %% ../nbs/02_data.ipynb #7f83d77f
+# %% ../nbs/02_data.ipynb #3e4f3a85
 @dataclass(frozen=True)
 class ImageSet:
     "Images (n, 3, H, W) uint8, labels (n,) int64 in 0..C-1, class names, ids (n,): row numbers in the split, and the split's name."
@@ -46,8 +46,8 @@ class ImageSet:
         mine, theirs = ((s.classes, s.image_size) for s in (self, other))
         if mine != theirs: raise ValueError(f"sets of {len(mine[0])} classes at {mine[1]} px and {len(theirs[0])} classes at {theirs[1]} px do not add: "
                                             "both need the same classes and image size")
-        return ImageSet(*(torch.cat([getattr(self, k), getattr(other, k)]) if k not in ("classes", "split") else
-                          self.classes if k == "classes" else f"{self.split}+{other.split}" for k in self.__dataclass_fields__))
+        joined = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in ("images", "labels", "ids")}
+        return replace(self, **joined, split=f"{self.split}+{other.split}")
 
     def batches(self, todo, augment=None, seed=0):
         "For each (step, rows, positions, B) of `todo` the images x float32, normalised; augmented unless `augment` is None."
@@ -55,7 +55,7 @@ class ImageSet:
             x = self.images[rows.to(self.images.device)]
             yield normalise(x.float(), 255) if augment is None else augmented(x, augment, seed, step, positions, n)
 
-# %% ../nbs/02_data.ipynb #a7c3c2a6
+# %% ../nbs/02_data.ipynb #f76aa7e5
 class FileSet:
     "A set like `ImageSet` whose images stay in their files; `workers`: processes of the DataLoader."
     def __init__(self, source, rows, labels, classes, split, image_size, eval_crop, workers=None):
@@ -71,7 +71,8 @@ class FileSet:
         plan = [[(int(r), (*step, int(k))) for r, k in zip(rows, positions)] for step, rows, positions, _ in todo]
         transform = timm_transform(augment, self.image_size, self.eval_crop)
         workers = self.workers if len(plan) > 1 else 0
-        yield from torch.utils.data.DataLoader(_Samples(self, transform, seed), batch_sampler=plan, num_workers=workers)
+        try: yield from torch.utils.data.DataLoader(_Samples(self, transform, seed), batch_sampler=plan, num_workers=workers)
+        except ValueError as e: raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 @dataclass
 class _Samples(torch.utils.data.Dataset):
@@ -91,7 +92,7 @@ def timm_transform(augment, size, eval_crop=1.):
     return create_transform(size, is_training=True, scale=augment.scale or (1., 1.), ratio=(3/4, 4/3) if augment.scale else (1., 1.), hflip=augment.flip,
         color_jitter=None, auto_augment=augment.randaugment, re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
 
-# %% ../nbs/02_data.ipynb #9256b239
+# %% ../nbs/02_data.ipynb #ffef08eb
 def decoded(source, rows, name, size, crop):
     "Images (n, 3, H, W) uint8 of the rows of a source, from the cache if they are there; a ValueError names a damaged image."
     stamp = source.stamp()
@@ -119,7 +120,7 @@ def _decode_all(source, rows, size, crop):
             bar.update(len(some))
     return torch.from_numpy(out)
 
-# %% ../nbs/02_data.ipynb #6c9b5483
+# %% ../nbs/02_data.ipynb #94053e06
 class Data(Settings):
     "Which images of which data set, and at what size. `load()` gives the set."
     name: str                                              # a key of sources.SETS or a hub id
@@ -175,12 +176,12 @@ class Data(Settings):
         if not len(rows): raise ValueError(f"no image of the chosen classes in split {self.split!r} of {self.name}")
         return rows, torch.from_numpy(labels[rows]), names
 
-# %% ../nbs/02_data.ipynb #858e08e4
+# %% ../nbs/02_data.ipynb #6d2b9393
 def load(name, root=None, **others):
     "The images of data set `name`: shorthand for `Data(name=name, root=root, **others).load()`."
     return Data(name=name, root=root, **others).load()
 
-# %% ../nbs/02_data.ipynb #9c2fae9a
+# %% ../nbs/02_data.ipynb #9288192d
 class Batches:
     "Training batches of a set: `at(epoch, b)` is a pure function of (seed, epoch, b). `part` = (rank, ranks): that share of each batch."
     def __init__(self, images, batch_size, augment=Augment(), seed=0, device="cpu", part=(0, 1)):
@@ -216,7 +217,7 @@ class Batches:
             labels = self.images.labels[rows].to(self.device)
             yield mixed(x.to(self.device), labels, len(self.classes), self.augment, self.seed, step)
 
-# %% ../nbs/02_data.ipynb #48351126
+# %% ../nbs/02_data.ipynb #919c8c8c
 def whole_split(images, batch_size, device="cpu"):
     "Iterates (x normalised (B, 3, H, W), labels (B,)) over a set in its order, not augmented; the last batch may be smaller."
     images = images.to(device)

@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ENDINGS', 'SETS', 'LAYOUTS', 'split_name', 'rank_in_class', 'Digits', 'columns', 'Parquet', 'bytes_of',
            'Folder', 'Table', 'folder_of', 'layout', 'open_source', 'decode', 'fit']
 
-# %% ../nbs/02c_sources.ipynb #cd0c9659
+# %% ../nbs/02c_sources.ipynb #3b1473ca
 import io, os
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from .core import known
 
-# %% ../nbs/02c_sources.ipynb #6e6e0e30
+# %% ../nbs/02c_sources.ipynb #6c4cfbba
 HELD_OUT = ("test", "valid", "validation", "val")
 
 def split_name(asked, there, name):
@@ -28,7 +28,7 @@ def split_name(asked, there, name):
     other = [s for s in HELD_OUT if s in there] if asked in HELD_OUT else []
     return asked if asked in there or not other else other[0]
 
-# %% ../nbs/02c_sources.ipynb #585a53d1
+# %% ../nbs/02c_sources.ipynb #b046d3bf
 def rank_in_class(labels):
     "For each row of labels (n,), how many rows of its class come before it."
     rank = np.empty(len(labels), dtype=np.int64)
@@ -36,7 +36,7 @@ def rank_in_class(labels):
     return rank
 
 class Digits:
-    "scikit-learn's digits: 1,439 training and 358 test images."
+    "scikit-learn's digits: 1,442 training and 355 test images."
     names = tuple(map(str, range(10)))
 
     def __init__(self, split):
@@ -50,7 +50,7 @@ class Digits:
     def where(self, row): return f"digits, row {row}"
     def stamp(self): return None
 
-# %% ../nbs/02c_sources.ipynb #f0111bf8
+# %% ../nbs/02c_sources.ipynb #71c151fa
 def columns(features, what):
     "(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists the columns if one is missing."
     kinds = {name: str(getattr(f, "dtype", "")) for name, f in features.items()}
@@ -72,7 +72,7 @@ def _checked(labels, names, what):
     if len(bad): raise ValueError(f"{what}, row {bad[0]}: label {labels[bad[0]]} is none of the {len(names)} classes (a split without labels?)")
     return labels, names
 
-# %% ../nbs/02c_sources.ipynb #a21f1e33
+# %% ../nbs/02c_sources.ipynb #dad25e12
 class Parquet:
     "A split in local parquet files; `only`: the indices of the files to use. A ValueError names a damaged file."
     def __init__(self, files, only=None):
@@ -114,7 +114,7 @@ def bytes_of(value):
 
 def _stat(path): s = os.stat(path); return [path.name, s.st_size, s.st_mtime_ns]
 
-# %% ../nbs/02c_sources.ipynb #04e71477
+# %% ../nbs/02c_sources.ipynb #55128c12
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 class Folder:
@@ -133,7 +133,7 @@ class Folder:
     def where(self, row): return str(self.paths[row])
     def stamp(self): return [[str(p.parent), *_stat(p)] for p in self.paths]
 
-# %% ../nbs/02c_sources.ipynb #87846282
+# %% ../nbs/02c_sources.ipynb #77ccf032
 class Table:
     "A split as a `datasets.Dataset`."
     def __init__(self, table, what):
@@ -146,7 +146,7 @@ class Table:
     def where(self, row): return f"{self.what}, row {row}"
     def stamp(self): return [self.what, self.table._fingerprint]
 
-# %% ../nbs/02c_sources.ipynb #a77077e6
+# %% ../nbs/02c_sources.ipynb #780dc3a6
 SETS = {"digits": None, "tiny-imagenet": "zh-plus/tiny-imagenet", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
         "imagenet-1k": "ILSVRC/imagenet-1k"}
 LAYOUTS = "; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE"
@@ -200,7 +200,7 @@ def _from_hub(name, split, files):
     mine = known(split_name(split, list(there), name), there, f"split of {name}")
     return Table(datasets.load_dataset(hub, split=mine), hub)
 
-# %% ../nbs/02c_sources.ipynb #278115c8
+# %% ../nbs/02c_sources.ipynb #83642aff
 def decode(raw, where, size=None, crop=1.):
     "Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what cannot be decoded."
     try:
