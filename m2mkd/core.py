@@ -6,8 +6,8 @@
 __all__ = ['known', 'Settings', 'to_plain', 'from_plain', 'hash_of', 'seed_of', 'generator', 'seeded', 'whole', 'write_json',
            'read_json', 'sha256', 'parameters', 'progress']
 
-# %% ../nbs/00_core.ipynb #7cdbbcb7
-import ast, contextlib, difflib, functools, hashlib, importlib, json, os, random, sys
+# %% ../nbs/00_core.ipynb #d2b91d97
+import ast, contextlib, difflib, functools, hashlib, importlib, io, json, os, random, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #d3a39695
+# %% ../nbs/00_core.ipynb #7b97aa87
 def known(name, names, what):
     "`name`, if it is one of `names`; else a ValueError that says `what` was looked up and gives the nearest names."
     names = [str(n) for n in names]
@@ -25,7 +25,7 @@ def known(name, names, what):
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:12]
     raise ValueError(f"unknown {what} {name!r}; " + ("nearest: " if len(near) < len(names) else "there are: ") + ", ".join(near))
 
-# %% ../nbs/00_core.ipynb #c7279f7f
+# %% ../nbs/00_core.ipynb #b3f2989e
 class Settings(BaseModel):
     "Base of all settings: immutable, strict about names, one-line errors."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,34 +42,34 @@ class Settings(BaseModel):
         "The same settings with `changes`, checked again."
         return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **changes})
 
-# %% ../nbs/00_core.ipynb #e8db4981
+# %% ../nbs/00_core.ipynb #3e325a48
 def to_plain(x):
-    "Settings (nested in lists, tuples, dicts) as JSON-ready data; a Settings object becomes a dict with its class under `kind`."
+    "Settings (nested in lists, tuples, dicts) as JSON-ready data; a Settings object becomes a dict with its class under `class`."
     if isinstance(x, Settings):
         kind = f"{type(x).__module__}:{type(x).__qualname__}"
-        return {"kind": kind, **{k: to_plain(getattr(x, k)) for k in type(x).model_fields}}
+        return {"class": kind, **{k: to_plain(getattr(x, k)) for k, f in type(x).model_fields.items() if not f.exclude}}
     if isinstance(x, dict): return {str(k): to_plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [to_plain(v) for v in x]
     return str(x) if isinstance(x, Path) else x
 
 def from_plain(x):
-    "The way back from `to_plain`: dicts with a `kind` become Settings objects of that class again."
+    "The way back from `to_plain`: dicts with a `class` become Settings objects of that class again."
     if isinstance(x, list): return [from_plain(v) for v in x]
     if not isinstance(x, dict): return x
-    values = {k: from_plain(v) for k, v in x.items() if k != "kind"}
-    if "kind" not in x: return values
-    module, _, name = x["kind"].partition(":")
+    values = {k: from_plain(v) for k, v in x.items() if k != "class"}
+    if "class" not in x: return values
+    module, _, name = x["class"].partition(":")
     try: cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
-        raise ValueError(f"settings of kind {x['kind']!r} need a class that is not here: import or define it first") from e
-    if not (isinstance(cls, type) and issubclass(cls, Settings)): raise ValueError(f"kind {x['kind']!r} is no Settings class")
+        raise ValueError(f"settings of class {x['class']!r} need a class that is not here: import or define it first") from e
+    if not (isinstance(cls, type) and issubclass(cls, Settings)): raise ValueError(f"class {x['class']!r} is no Settings class")
     return cls(**values)
 
 def hash_of(*things):
     "Twelve hexadecimal digits that depend on the content of `things` (settings or plain data) and on nothing else."
     return hashlib.sha256(json.dumps(to_plain(list(things)), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/00_core.ipynb #0f35ac3d
+# %% ../nbs/00_core.ipynb #0fc18069
 def seed_of(seed, what, step=0):
     "A 63-bit integer, a pure function of (seed, what, step)."
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{step}".encode()).digest()[:8], "big") >> 1
@@ -89,7 +89,7 @@ def seeded(seed, what, step=0):
         random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
         if cuda: torch.cuda.set_rng_state(before[3])
 
-# %% ../nbs/00_core.ipynb #1e2cd246
+# %% ../nbs/00_core.ipynb #94ec7814
 @contextlib.contextmanager
 def whole(path):
     "Yields a path beside `path` to write to; it takes `path`'s name if the block ends well and is removed if not."
@@ -115,7 +115,7 @@ def sha256(path):
     "Hexadecimal SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #4e916b6c
+# %% ../nbs/00_core.ipynb #21c5c911
 def _assigned(source):
     "Name -> value of the literal assignments in a cell; what is no literal, or no Python, is passed over."
     found = {}
@@ -156,7 +156,7 @@ def parameters(history=None):
             declared, values = found, dict(found)
     return SimpleNamespace(**values)
 
-# %% ../nbs/00_core.ipynb #23f44aaf
+# %% ../nbs/00_core.ipynb #8c2c7083
 _LIVE = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"     # set for a kernel that a person looks at
 
 _terminal = functools.cache(lambda fd: open(os.dup(fd), "w"))
@@ -183,9 +183,9 @@ class _Lines(tqdm):
         if self.said and not self.disable: print(self, flush=True)
         super().close()
 
-# %% ../nbs/00_core.ipynb #5943ce8a
+# %% ../nbs/00_core.ipynb #f268db51
 def progress(it=None, what="", **kwargs):
     "A tqdm bar over `it` (or with `total=`, by `update`): on the terminal, in JupyterLab, or as lines now and then."
     file, line = _screen()
-    if file is None: return _Lines(it, desc=what, delay=10, mininterval=1, leave=False, **kwargs)
+    if file is None: return _Lines(it, desc=what, file=io.StringIO(), delay=10, mininterval=1, leave=False, **kwargs)
     return tqdm(it, desc=what, file=file, position=line, dynamic_ncols=True, mininterval=0.5, leave=False, **kwargs)
