@@ -6,7 +6,7 @@
 __all__ = ['OPERATIONS', 'rand_numbers', 'Augment', 'draws', 'crop_flip', 'rand_augment', 'normalise', 'erase', 'augmented',
            'mixed']
 
-# %% ../nbs/02b_augment.ipynb #a9236d0c
+# %% ../nbs/02b_augment.ipynb #c22eff3e
 import math, re
 
 import kornia.enhance as ke
@@ -19,7 +19,7 @@ from timm.data.mixup import mixup_target
 
 from .core import Settings, generator, seeded
 
-# %% ../nbs/02b_augment.ipynb #ca2dbd8c
+# %% ../nbs/02b_augment.ipynb #6fdf7e53
 def rand_numbers(text):
     "The numbers in a timm-style string such as 'rand-m9-mstd0.5-inc1', with timm's defaults; a ValueError says which part is wrong."
     numbers = dict(m=10., n=2., p=0.5, mstd=0., mmax=10., inc=0.)
@@ -33,7 +33,7 @@ def rand_numbers(text):
         raise ValueError(f"randaugment = {text!r}: n is a whole number from 1, p at most 1, inc 0 or 1, m at most mmax (10 if not given)")
     return numbers
 
-# %% ../nbs/02b_augment.ipynb #c596131a
+# %% ../nbs/02b_augment.ipynb #c0fb0d92
 class Augment(Settings):
     "How training images are augmented; see the fields. Order: crop or shift, flip, RandAugment, normalise, erase, mix."
     scale: tuple[float, float] | None = None   # random resized crop: smallest and largest share of the area
@@ -53,7 +53,8 @@ class Augment(Settings):
 
     @field_validator("scale")
     def _shares(cls, scale):
-        if scale is not None and not 0 < scale[0] <= scale[1] <= 1: raise ValueError("it should be (smallest, largest) with 0 < smallest <= largest <= 1")
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("it should be (smallest, largest) with 0 < smallest <= largest <= 1")
         return scale
 
     @field_validator("pad")
@@ -61,13 +62,13 @@ class Augment(Settings):
         if pad and others.data.get("scale"): raise ValueError(f"scale = {others.data['scale']} crops already: set one of the two")
         return pad
 
-# %% ../nbs/02b_augment.ipynb #a0352481
+# %% ../nbs/02b_augment.ipynb #ff91389a
 def draws(augment, n, seed, step):
     "The uniform table (n, K) of a batch of n images, on the CPU: a pure function of its arguments."
     layers = int(rand_numbers(augment.randaugment)["n"]) if augment.randaugment else 0
     return torch.rand(n, 10 + 4 * layers, generator=generator(seed, "augment", step))
 
-# %% ../nbs/02b_augment.ipynb #ce71cc74
+# %% ../nbs/02b_augment.ipynb #fb6d11aa
 def _sample(x, ax, tx, ay, ty):
     "Read x (B, 3, H, W) at (ax x + tx, ay y + ty), each (B,), bilinearly; black outside."
     n, _, h, w = x.shape
@@ -92,7 +93,7 @@ def crop_flip(x, augment, u):
         tx, ty = 2 * steps[:, 0] / x.shape[-1], 2 * steps[:, 1] / x.shape[-2]
     return _sample(x, *(v.to(x.device) for v in (ax * sign, tx, ay, ty)))
 
-# %% ../nbs/02b_augment.ipynb #7778f4c2
+# %% ../nbs/02b_augment.ipynb #5e657ed3
 _GREY = 128 / 255
 
 def _factor(m, sign, inc):
@@ -127,7 +128,7 @@ OPERATIONS = {
     "translate-y": lambda x, m, sign, inc: kt.translate(x - _GREY, _pair(sign * 0.45 * m * x.shape[-2], "y")) + _GREY,
 }
 
-# %% ../nbs/02b_augment.ipynb #1f868413
+# %% ../nbs/02b_augment.ipynb #95d6b96f
 def rand_augment(x, text, u):
     "RandAugment of x (B, 3, H, W) in 0..1 with the uniform numbers u (B, 4 n) on the CPU: operation, applied or not, strength, sign."
     numbers, x = rand_numbers(text), x.clone()
@@ -142,13 +143,13 @@ def rand_augment(x, text, u):
             x[mine] = operation(x[mine], *at, bool(numbers["inc"])).clamp_(0, 1)
     return x
 
-# %% ../nbs/02b_augment.ipynb #f250acf4
+# %% ../nbs/02b_augment.ipynb #7af193e2
 def normalise(x, high=1.):
     "x (B, 3, H, W) float in 0..high -> (x / high - mean) / std, with ImageNet's mean and std of each channel."
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return torch.addcmul(-mean / std, x, 1 / (std * high))
 
-# %% ../nbs/02b_augment.ipynb #f236b01b
+# %% ../nbs/02b_augment.ipynb #8b2502ad
 def erase(x, u, noise):
     "x (B, 3, H, W) normalised, with a rectangle of `noise` in each image; u (B, 4): area, ratio, left, top."
     h, w = x.shape[-2:]
@@ -159,7 +160,7 @@ def erase(x, u, noise):
     mask = inside(top, high, h)[:, :, None] & inside(left, wide, w)[:, None, :]
     return torch.where(mask[:, None].to(x.device), noise, x)
 
-# %% ../nbs/02b_augment.ipynb #3d579965
+# %% ../nbs/02b_augment.ipynb #4b634ac8
 def augmented(images, augment, seed, step, rows, n):
     "Images (B, 3, H, W) uint8, at positions `rows` of a batch of n -> float32, augmented and normalised, on the images' device."
     table = draws(augment, n, seed, step)
@@ -174,7 +175,7 @@ def augmented(images, augment, seed, step, rows, n):
     x[at] = erase(x[at], u[mine, 6:10], noise[nth])
     return x
 
-# %% ../nbs/02b_augment.ipynb #f970f9a0
+# %% ../nbs/02b_augment.ipynb #c0350018
 def mixed(x, labels, classes, augment, seed, step):
     "Images (B, 3, H, W) and labels (B,) -> images and soft targets (B, C), by timm's mixup and cutmix, smoothed."
     if not (augment.mixup or augment.cutmix): return x, mixup_target(labels, classes, 1., augment.smoothing)

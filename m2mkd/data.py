@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageSet', 'FileSet', 'timm_transform', 'decoded', 'Data', 'load', 'Batches', 'whole_split', 'Augment']
 
-# %% ../nbs/02_data.ipynb #4114f849
+# %% ../nbs/02_data.ipynb #7b91fe24
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ from .augment import Augment, augmented, mixed, normalise
 from .core import Settings, generator, hash_of, known, progress, seeded, whole
 from .sources import decode, open_source, rank_in_class
 
-# %% ../nbs/02_data.ipynb #fc6188a6
+# %% ../nbs/02_data.ipynb #fd669647
 _all_ = ["Augment"]   # importable from here, too
 
-# %% ../nbs/02_data.ipynb #3e4f3a85
+# %% ../nbs/02_data.ipynb #1912e01c
 @dataclass(frozen=True)
 class ImageSet:
     "Images (n, 3, H, W) uint8, labels (n,) int64 in 0..C-1, class names, ids (n,): row numbers in the split, and the split's name."
@@ -44,8 +44,9 @@ class ImageSet:
     def __add__(self, other):
         "Both sets, this one first; a ValueError if classes or sizes differ."
         mine, theirs = ((s.classes, s.image_size) for s in (self, other))
-        if mine != theirs: raise ValueError(f"sets of {len(mine[0])} classes at {mine[1]} px and {len(theirs[0])} classes at {theirs[1]} px do not add: "
-                                            "both need the same classes and image size")
+        if mine != theirs:
+            raise ValueError(f"a set of {len(mine[0])} classes at {mine[1]} px and one of {len(theirs[0])} at {theirs[1]} px do not add: "
+                             "both need the same classes and image size")
         joined = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in ("images", "labels", "ids")}
         return replace(self, **joined, split=f"{self.split}+{other.split}")
 
@@ -55,7 +56,7 @@ class ImageSet:
             x = self.images[rows.to(self.images.device)]
             yield normalise(x.float(), 255) if augment is None else augmented(x, augment, seed, step, positions, n)
 
-# %% ../nbs/02_data.ipynb #f76aa7e5
+# %% ../nbs/02_data.ipynb #a7aa9706
 class FileSet:
     "A set like `ImageSet` whose images stay in their files; `workers`: processes of the DataLoader."
     def __init__(self, source, rows, labels, classes, split, image_size, eval_crop, workers=None):
@@ -89,10 +90,11 @@ def timm_transform(augment, size, eval_crop=1.):
     "timm's transform of a PIL image for `augment`, or for evaluation if that is None; a ValueError for what only sets in memory do."
     if augment is None: return create_transform(size, crop_pct=eval_crop, interpolation="bicubic")
     if augment.pad: raise ValueError(f"pad = {augment.pad} is for images in memory; images in files are cropped by scale=(0.08, 1)")
-    return create_transform(size, is_training=True, scale=augment.scale or (1., 1.), ratio=(3/4, 4/3) if augment.scale else (1., 1.), hflip=augment.flip,
-        color_jitter=None, auto_augment=augment.randaugment, re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
+    crop = dict(scale=augment.scale, ratio=(3/4, 4/3)) if augment.scale else dict(scale=(1., 1.), ratio=(1., 1.))
+    return create_transform(size, is_training=True, **crop, hflip=augment.flip, color_jitter=None, auto_augment=augment.randaugment,
+        re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
 
-# %% ../nbs/02_data.ipynb #ffef08eb
+# %% ../nbs/02_data.ipynb #bfdde0c3
 def decoded(source, rows, name, size, crop):
     "Images (n, 3, H, W) uint8 of the rows of a source, from the cache if they are there; a ValueError names a damaged image."
     stamp = source.stamp()
@@ -120,7 +122,7 @@ def _decode_all(source, rows, size, crop):
             bar.update(len(some))
     return torch.from_numpy(out)
 
-# %% ../nbs/02_data.ipynb #94053e06
+# %% ../nbs/02_data.ipynb #33dedcb5
 class Data(Settings):
     "Which images of which data set, and at what size. `load()` gives the set."
     name: str                                              # a key of sources.SETS or a hub id
@@ -154,10 +156,11 @@ class Data(Settings):
         thinned, asked = names[::self.every], self.classes
         if asked is None: return list(range(0, len(names), self.every))
         if isinstance(asked, int) and not 1 <= asked <= len(thinned):
-            raise ValueError(f"classes = {asked}: {self.name} has {len(names)} classes" + (f", {len(thinned)} with every = {self.every}" if self.every > 1 else ""))
+            raise ValueError(f"classes = {asked}: {self.name} has {len(names)} classes, {len(thinned)} of them with every = {self.every}")
         if isinstance(asked, int): return list(range(0, len(names), self.every))[:asked]
         for name in asked: known(name, thinned, f"class of {self.name}")
-        if len(twice := [n for n in asked if asked.count(n) > 1]): raise ValueError(f"classes names {twice[0]!r} {len(twice)} times; name each class once")
+        twice = next((n for n in asked if asked.count(n) > 1), None)
+        if twice: raise ValueError(f"classes names {twice!r} {asked.count(twice)} times; name each class once")
         if not asked: raise ValueError("classes = () names no class; leave it out for all")
         return [k for k, n in enumerate(names) if n in asked]
 
@@ -169,37 +172,42 @@ class Data(Settings):
         labels, names = renumbered[source.labels], tuple(source.names[k] for k in numbers)
         rank, counts = rank_in_class(source.labels), np.bincount(source.labels, minlength=len(source.names))[numbers]
         start, stop = (0, self.per_class) if isinstance(self.per_class, int) else self.per_class or (0, counts.max())
-        if not 0 <= start < stop: raise ValueError(f"per_class = {self.per_class} should be a count from 1, or (start, stop) with 0 <= start < stop")
+        if not 0 <= start < stop:
+            raise ValueError(f"per_class = {self.per_class} should be a count from 1, or (start, stop) with 0 <= start < stop")
         if self.per_class is not None and stop > counts.min():
-            raise ValueError(f"per_class = {self.per_class}: class {names[counts.argmin()]!r} has {counts.min()} images in split {self.split!r} of {self.name}")
+            fewest = f"class {names[counts.argmin()]!r} has {counts.min()} images"
+            raise ValueError(f"per_class = {self.per_class}: {fewest} in split {self.split!r} of {self.name}")
         rows = np.flatnonzero((labels >= 0) & (start <= rank) & (rank < stop))
         if not len(rows): raise ValueError(f"no image of the chosen classes in split {self.split!r} of {self.name}")
         return rows, torch.from_numpy(labels[rows]), names
 
-# %% ../nbs/02_data.ipynb #6d2b9393
+# %% ../nbs/02_data.ipynb #6c9126c6
 def load(name, root=None, **others):
     "The images of data set `name`: shorthand for `Data(name=name, root=root, **others).load()`."
     return Data(name=name, root=root, **others).load()
 
-# %% ../nbs/02_data.ipynb #9288192d
+# %% ../nbs/02_data.ipynb #266c9c8d
 class Batches:
     "Training batches of a set: `at(epoch, b)` is a pure function of (seed, epoch, b). `part` = (rank, ranks): that share of each batch."
     def __init__(self, images, batch_size, augment=Augment(), seed=0, device="cpu", part=(0, 1)):
-        if not 1 <= batch_size <= len(images): raise ValueError(f"batch_size = {batch_size}, but the training set has {len(images)} images")
-        if batch_size % augment.repeats: raise ValueError(f"repeats = {augment.repeats} does not divide batch_size = {batch_size}")
-        if batch_size % 2 and (augment.mixup or augment.cutmix): raise ValueError(f"batch_size = {batch_size} is odd: mixup and cutmix need pairs")
-        if part[1] > 1 and batch_size % (2 * part[1]): raise ValueError(f"batch_size = {batch_size} does not split over {part[1]} ranks in pairs")
+        size = f"batch_size = {batch_size}"
+        if not 1 <= batch_size <= len(images): raise ValueError(f"{size}, but the training set has {len(images)} images")
+        if batch_size % augment.repeats: raise ValueError(f"repeats = {augment.repeats} does not divide {size}")
+        if batch_size % 2 and (augment.mixup or augment.cutmix): raise ValueError(f"{size} is odd: mixup and cutmix need pairs")
+        if part[1] > 1 and batch_size % (2 * part[1]): raise ValueError(f"{size} does not split over {part[1]} ranks in pairs")
         self.images, self.batch_size, self.augment, self.seed, self.device = images.to(device), batch_size, augment, seed, device
         self.classes, self.image_size, self._order = images.classes, images.image_size, (None, None)
-        place = torch.arange(batch_size)
-        self.positions = place[torch.minimum(place, batch_size - 1 - place) // max(1, batch_size // 2 // part[1]) == part[0]] if part[1] > 1 else place
+        place, (rank, ranks) = torch.arange(batch_size), part
+        pair = torch.minimum(place, batch_size - 1 - place)
+        self.positions = place[pair * 2 * ranks // batch_size == rank] if ranks > 1 else place
 
     def __len__(self): return len(self.images) // self.batch_size
 
     def rows(self, epoch, b):
         "Rows (B,) of the set in the whole batch b of an epoch."
         if not 0 <= b < len(self): raise IndexError(f"batch {b} of an epoch of {len(self)}")
-        if self._order[0] != epoch: self._order = epoch, torch.randperm(len(self.images), generator=generator(self.seed, "order", int(epoch)))
+        if self._order[0] != epoch:
+            self._order = epoch, torch.randperm(len(self.images), generator=generator(self.seed, "order", int(epoch)))
         n = self.batch_size // self.augment.repeats
         return self._order[1][b * n:(b + 1) * n].repeat_interleave(self.augment.repeats)
 
@@ -217,7 +225,7 @@ class Batches:
             labels = self.images.labels[rows].to(self.device)
             yield mixed(x.to(self.device), labels, len(self.classes), self.augment, self.seed, step)
 
-# %% ../nbs/02_data.ipynb #919c8c8c
+# %% ../nbs/02_data.ipynb #40a0573d
 def whole_split(images, batch_size, device="cpu"):
     "Iterates (x normalised (B, 3, H, W), labels (B,)) over a set in its order, not augmented; the last batch may be smaller."
     images = images.to(device)

@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ENDINGS', 'SETS', 'LAYOUTS', 'split_name', 'rank_in_class', 'Digits', 'columns', 'Parquet', 'bytes_of',
            'Folder', 'Table', 'folder_of', 'layout', 'open_source', 'decode', 'fit']
 
-# %% ../nbs/02c_sources.ipynb #3b1473ca
+# %% ../nbs/02c_sources.ipynb #af53e0a0
 import io, os
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from .core import known
 
-# %% ../nbs/02c_sources.ipynb #6c4cfbba
+# %% ../nbs/02c_sources.ipynb #5328b1be
 HELD_OUT = ("test", "valid", "validation", "val")
 
 def split_name(asked, there, name):
@@ -28,7 +28,7 @@ def split_name(asked, there, name):
     other = [s for s in HELD_OUT if s in there] if asked in HELD_OUT else []
     return asked if asked in there or not other else other[0]
 
-# %% ../nbs/02c_sources.ipynb #b046d3bf
+# %% ../nbs/02c_sources.ipynb #cdec3cb9
 def rank_in_class(labels):
     "For each row of labels (n,), how many rows of its class come before it."
     rank = np.empty(len(labels), dtype=np.int64)
@@ -50,7 +50,7 @@ class Digits:
     def where(self, row): return f"digits, row {row}"
     def stamp(self): return None
 
-# %% ../nbs/02c_sources.ipynb #71c151fa
+# %% ../nbs/02c_sources.ipynb #85b6d726
 def columns(features, what):
     "(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists the columns if one is missing."
     kinds = {name: str(getattr(f, "dtype", "")) for name, f in features.items()}
@@ -59,7 +59,8 @@ def columns(features, what):
     classes = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     labels = classes or [n for n in features if kinds[n].startswith(("int", "uint"))]
     if not (images and labels):
-        raise ValueError(f"{what} has the columns {', '.join(features)}: expected one of images and one of class labels (ClassLabel or integers)")
+        there = ", ".join(features)
+        raise ValueError(f"{what} has the columns {there}: expected one of images and one of class labels (ClassLabel or integers)")
     label = next((n for n in ("label", "labels", "fine_label", "class", "target") if n in labels), labels[0])
     return images[0], label, tuple(features[label].names) if classes else None
 
@@ -69,15 +70,17 @@ def _checked(labels, names, what):
     labels = np.array([-1 if v is None else v for v in labels], dtype=np.int64)
     names = names or tuple(map(str, range(labels.max() + 1)))
     bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(bad): raise ValueError(f"{what}, row {bad[0]}: label {labels[bad[0]]} is none of the {len(names)} classes (a split without labels?)")
+    if len(bad):
+        raise ValueError(f"{what}, row {bad[0]}: label {labels[bad[0]]} is none of the {len(names)} classes (a split without labels?)")
     return labels, names
 
-# %% ../nbs/02c_sources.ipynb #dad25e12
+# %% ../nbs/02c_sources.ipynb #4f66b771
 class Parquet:
     "A split in local parquet files; `only`: the indices of the files to use. A ValueError names a damaged file."
     def __init__(self, files, only=None):
-        if only is not None and (bad := [i for i in only if not 0 <= i < len(files)] or len(set(only)) < len(only) or not only):
-            raise ValueError(f"files = {tuple(only)}: this split has {len(files)} parquet files, 0 to {len(files) - 1}; name each at most once, and one at least")
+        if only is not None and (not only or len(set(only)) < len(only) or not set(only) <= set(range(len(files)))):
+            raise ValueError(f"files = {tuple(only)}: this split has {len(files)} parquet files, 0 to {len(files) - 1}; "
+                             "name each at most once, and one at least")
         starts = np.cumsum([0] + [self._of(f, lambda p: p.metadata.num_rows) for f in files])
         chosen = sorted(range(len(files)) if only is None else only)
         self.files = [files[i] for i in chosen]
@@ -114,7 +117,7 @@ def bytes_of(value):
 
 def _stat(path): s = os.stat(path); return [path.name, s.st_size, s.st_mtime_ns]
 
-# %% ../nbs/02c_sources.ipynb #55128c12
+# %% ../nbs/02c_sources.ipynb #7acff967
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 class Folder:
@@ -133,7 +136,7 @@ class Folder:
     def where(self, row): return str(self.paths[row])
     def stamp(self): return [[str(p.parent), *_stat(p)] for p in self.paths]
 
-# %% ../nbs/02c_sources.ipynb #77ccf032
+# %% ../nbs/02c_sources.ipynb #bbbbfe6b
 class Table:
     "A split as a `datasets.Dataset`."
     def __init__(self, table, what):
@@ -146,10 +149,11 @@ class Table:
     def where(self, row): return f"{self.what}, row {row}"
     def stamp(self): return [self.what, self.table._fingerprint]
 
-# %% ../nbs/02c_sources.ipynb #780dc3a6
+# %% ../nbs/02c_sources.ipynb #d7fd3bf2
 SETS = {"digits": None, "tiny-imagenet": "zh-plus/tiny-imagenet", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
         "imagenet-1k": "ILSVRC/imagenet-1k"}
-LAYOUTS = "; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE"
+LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), "
+           "or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
 
 def folder_of(name, root=None):
     "The folder that holds data set `name`, or None if it has to come from the hub. A FileNotFoundError if it is missing or empty."
@@ -192,15 +196,18 @@ def _mapped(source, what):
 def _from_hub(name, split, files):
     "The source of a split of a hub data set."
     if "/" not in name: known(name, SETS, "data set")
-    if files is not None: raise ValueError(f"files = {tuple(files)} picks parquet files of a local folder: set root or $M2MKD_DATA for {name!r}")
+    if files is not None:
+        raise ValueError(f"files = {tuple(files)} picks parquet files of a local folder: set root for {name!r}, or $M2MKD_DATA")
     hub = SETS.get(name, name)
     try: there = datasets.load_dataset_builder(hub).info.splits or datasets.get_dataset_split_names(hub)
     except Exception as e:
-        raise ValueError(f"data set {name!r} is in no local folder (root, $M2MKD_DATA/{name}) and the hub did not answer for {hub!r}: {e}") from None
+        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        local = f"data set {name!r} is in no local folder (root, $M2MKD_DATA/{name})"
+        raise ValueError(f"{local}; the hub did not give {hub!r}: {said}") from None
     mine = known(split_name(split, list(there), name), there, f"split of {name}")
     return Table(datasets.load_dataset(hub, split=mine), hub)
 
-# %% ../nbs/02c_sources.ipynb #83642aff
+# %% ../nbs/02c_sources.ipynb #fef2d576
 def decode(raw, where, size=None, crop=1.):
     "Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what cannot be decoded."
     try:

@@ -120,7 +120,8 @@ def test_every_row_of_a_large_split(tmp_path):
     shard(tmp_path/"large"/"train-0.parquet", 600)
     images = load("large", tmp_path/"large").images
     for r in (0, 255, 256, 257, 511, 512, 599):
-        assert np.array_equal(images[r].permute(1, 2, 0), np.asarray(Image.open(io.BytesIO(jpeg(noise(r, mode="L" if r % 5 == 0 else "RGB")))).convert("RGB")))
+        stored = Image.open(io.BytesIO(jpeg(noise(r, mode="L" if r % 5 == 0 else "RGB"))))
+        assert np.array_equal(images[r].permute(1, 2, 0), np.asarray(stored.convert("RGB")))
 
 def test_image_folder(image_folder):
     train, test = load("birds", image_folder, image_size=16), load("birds", image_folder, split="test", image_size=16)
@@ -179,14 +180,16 @@ def test_a_batch_is_a_function_of_seed_epoch_and_number(digits, how):
 def test_batches_leave_the_global_state_alone(digits):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     Batches(digits, 12, RICH).at(0, 0)
-    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+    assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
+    assert (before[1] == np.random.get_state()[1]).all()
 
 def test_an_epoch_takes_each_image_once(digits):
     batches = Batches(digits, 32, Augment(flip=0))
     rows = torch.cat([batches.rows(0, b) for b in range(len(batches))])
     assert len(batches) == 3 and len(rows.unique()) == 96
     x, y = batches.at(0, 1)
-    assert torch.equal(x, augment.normalise(digits.images[rows[32:64]].float(), 255)) and torch.equal(y.argmax(1), digits.labels[rows[32:64]])
+    assert torch.equal(x, augment.normalise(digits.images[rows[32:64]].float(), 255))
+    assert torch.equal(y.argmax(1), digits.labels[rows[32:64]])
 
 def test_repeats_stand_side_by_side(digits):
     batches = Batches(digits, 12, Augment(scale=(0.3, 1), repeats=3))
@@ -214,7 +217,8 @@ def test_images_in_files(layout, request):
     root = request.getfixturevalue(layout)
     files = Data(name="x", root=root, image_size=12, in_memory=False, eval_crop=0.75).load()
     memory = load("x", root, image_size=12, eval_crop=0.75)
-    assert isinstance(files, FileSet) and len(files) == len(memory) and files.classes == memory.classes and torch.equal(files.ids, memory.ids)
+    assert isinstance(files, FileSet) and len(files) == len(memory)
+    assert files.classes == memory.classes and torch.equal(files.ids, memory.ids)
     batches = Batches(files, 4, RICH, seed=1)
     files.workers = 0
     straight = list(batches.epoch(0))
@@ -233,8 +237,10 @@ def test_mapped_shards_keep_their_ids(hub_layout):
 
 # --- operations ---
 
-@pytest.mark.parametrize("name,reference,tolerance", [("AutoContrast", "autocontrast", 2), ("Equalize", "equalize", 1), ("Invert", "invert", 1),
-    ("PosterizeIncreasing", "posterize", 1), ("SolarizeIncreasing", "solarize", 1), ("SolarizeAdd", "solarize-add", 1), ("ColorIncreasing", "color", 2),
+@pytest.mark.parametrize("name,reference,tolerance", [("AutoContrast", "autocontrast", 2), ("Equalize", "equalize", 1),
+    ("Invert", "invert", 1),
+    ("PosterizeIncreasing", "posterize", 1), ("SolarizeIncreasing", "solarize", 1), ("SolarizeAdd", "solarize-add", 1),
+    ("ColorIncreasing", "color", 2),
     ("ContrastIncreasing", "contrast", 2), ("BrightnessIncreasing", "brightness", 2), ("SharpnessIncreasing", "sharpness", 2)])
 @pytest.mark.parametrize("level", [3., 9.])
 def test_operations_are_timms(name, reference, tolerance, level, monkeypatch):
@@ -270,7 +276,8 @@ def test_mixup_pairs_the_batch_with_its_mirror(digits):
     (x, y), (u, v) = (Batches(digits, 10, Augment(flip=0, mixup=m)).at(0, 0) for m in (0, 1.))
     k = next(k for k in range(10) if y[k].argmax() != y[9 - k].argmax())
     share = v[k, y[k].argmax()]
-    assert 0 < share < 1 and torch.allclose(u, share * x + (1 - share) * x.flip(0), atol=1e-5) and torch.allclose(v, share * y + (1 - share) * y.flip(0))
+    assert 0 < share < 1 and torch.allclose(u, share * x + (1 - share) * x.flip(0), atol=1e-5)
+    assert torch.allclose(v, share * y + (1 - share) * y.flip(0))
 
 def test_each_image_draws_its_own_operations():
     x = torch.rand(1, 3, 12, 12, generator=core.generator(0, "test")).expand(200, -1, -1, -1)
@@ -291,7 +298,8 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", gone)
     fails(lambda: load("cifar10"), "cifar10", "$M2MKD_DATA/cifar10", "uoft-cs/cifar10", "no route")
 
-def test_missing_folder(tmp_path): fails(lambda: load("tiny-imagenet", tmp_path/"nowhere"), "missing", str(tmp_path/"nowhere"), kind=FileNotFoundError)
+def test_missing_folder(tmp_path):
+    fails(lambda: load("tiny-imagenet", tmp_path/"nowhere"), "missing", str(tmp_path/"nowhere"), kind=FileNotFoundError)
 
 def test_empty_folder(tmp_path):
     (tmp_path/"empty").mkdir()
@@ -345,22 +353,29 @@ def test_damaged_image_file(image_folder, tmp_path, damage):
 def test_images_of_different_sizes(image_folder): fails(lambda: load("birds", image_folder), "image_size", ".png")
 
 @pytest.mark.parametrize("wrong,said", [
-    (dict(classes=(WNIDS[0], "n00000008")), "unknown class of tiny-imagenet 'n00000008'"), (dict(classes=(WNIDS[0], WNIDS[2], WNIDS[0])), "2 times"),
-    (dict(classes=()), "no class"), (dict(classes=7), "6 classes"), (dict(classes=0), "classes = 0"), (dict(classes=4, every=2), "3 with every = 2"),
+    (dict(classes=(WNIDS[0], "n00000008")), "unknown class of tiny-imagenet 'n00000008'"),
+    (dict(classes=(WNIDS[0], WNIDS[2], WNIDS[0])), "2 times"),
+    (dict(classes=()), "no class"), (dict(classes=7), "6 classes"), (dict(classes=0), "classes = 0"),
+    (dict(classes=4, every=2), "3 of them with every = 2"),
     (dict(per_class=11), "has 10 images"), (dict(per_class=(8, 12)), "has 10 images"), (dict(per_class=(5, 5)), "start < stop"),
     (dict(per_class=0), "per_class = 0"), (dict(image_size=0), "image_size = 0"), (dict(image_size=-8), "image_size = -8"),
-    (dict(files=(2,)), "2 parquet files"), (dict(files=(0, 0)), "at most once"), (dict(files=()), "at least"), (dict(eval_crop=1.2), "eval_crop = 1.2")])
+    (dict(files=(2,)), "2 parquet files"), (dict(files=(0, 0)), "at most once"), (dict(files=()), "at least"),
+    (dict(eval_crop=1.2), "eval_crop = 1.2")])
 def test_wrong_choices(hub_layout, wrong, said): fails(lambda: load("tiny-imagenet", hub_layout, **wrong), said)
 
 @pytest.mark.parametrize("wrong,said", [
     (dict(mixup=-0.1), "mixup = -0.1"), (dict(cutmix=-1), "cutmix = -1"), (dict(erasing=1.5), "erasing = 1.5"), (dict(flip=2), "flip = 2"),
-    (dict(smoothing=1.), "smoothing = 1"), (dict(pad=-1), "pad = -1"), (dict(repeats=0), "repeats = 0"), (dict(scale=(0., 1.)), "scale = (0.0, 1.0)"),
-    (dict(scale=(0.9, 0.2)), "scale"), (dict(scale=(0.5, 1.5)), "scale"), (dict(scale=(0.5, 1), pad=2), "pad = 2"), (dict(mixup=float("nan")), "mixup"),
-    (dict(randaugment="randm9"), "rand-m9-mstd0.5-inc1"), (dict(randaugment="rand-m9-mst0.5"), "'mst0.5'"), (dict(randaugment="rand-m11"), "mmax"),
+    (dict(smoothing=1.), "smoothing = 1"), (dict(pad=-1), "pad = -1"), (dict(repeats=0), "repeats = 0"),
+    (dict(scale=(0., 1.)), "scale = (0.0, 1.0)"),
+    (dict(scale=(0.9, 0.2)), "scale"), (dict(scale=(0.5, 1.5)), "scale"), (dict(scale=(0.5, 1), pad=2), "pad = 2"),
+    (dict(mixup=float("nan")), "mixup"),
+    (dict(randaugment="randm9"), "rand-m9-mstd0.5-inc1"), (dict(randaugment="rand-m9-mst0.5"), "'mst0.5'"),
+    (dict(randaugment="rand-m11"), "mmax"),
     (dict(randaugment="rand-n0"), "whole number"), (dict(randaugment="rand-p2"), "p at most 1"), (dict(mixupp=1), "mixup")])
 def test_impossible_augmentation(wrong, said): fails(lambda: Augment(**wrong), said)
 
-@pytest.mark.parametrize("size,how,said", [(101, Augment(), "batch_size = 101, but the training set has 100"), (0, Augment(), "batch_size = 0"),
+@pytest.mark.parametrize("size,how,said", [(101, Augment(), "batch_size = 101, but the training set has 100"),
+    (0, Augment(), "batch_size = 0"),
     (10, Augment(repeats=3), "repeats = 3 does not divide batch_size = 10"), (11, Augment(mixup=1), "batch_size = 11 is odd")])
 def test_wrong_batch_size(digits, size, how, said): fails(lambda: Batches(digits, size, how), said)
 
