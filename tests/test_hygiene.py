@@ -72,6 +72,11 @@ def test_notebook_has_no_error_and_no_widget(path):
         assert not kinds & {"error", "application/vnd.jupyter.widget-view+json"}, cell.source[:80]
 
 
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r'(?:\]\(|src=")(?!https?:|#)([^)#"]+)', (root/"README.md").read_text())
+    assert len(links) > 10 and not [link for link in links if not (root/link).exists()]
+
+
 def test_cleaning_keeps_the_parameters_tag():
     ini = ConfigParser(delimiters="=", interpolation=None)
     ini.read(root/"settings.ini")
