@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['environment', 'Folder']
 
-# %% ../nbs/00a_folder.ipynb #403676d8
+# %% ../nbs/00a_folder.ipynb #5a07c278
 import importlib.metadata, importlib.util, json, platform, subprocess
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .core import read_json, sha256, to_plain, whole, write_json
 
-# %% ../nbs/00a_folder.ipynb #d504d7f1
+# %% ../nbs/00a_folder.ipynb #46a41cb9
 def _git(*args):
     here = Path(importlib.util.find_spec("m2mkd").origin).parent
     said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
@@ -29,7 +29,7 @@ def environment(device="cpu"):
     return dict(commit=commit and commit + ("+" if changed else ""), versions=dict(python=platform.python_version(), **versions),
                 device=name, threads=torch.get_num_threads())
 
-# %% ../nbs/00a_folder.ipynb #70d6d4cb
+# %% ../nbs/00a_folder.ipynb #7d3181a2
 def _first_difference(a, b, where=""):
     "The first place where two plain data differ, as (path, value in a, value in b); None where they are equal."
     if isinstance(a, dict) and isinstance(b, dict):
@@ -63,8 +63,9 @@ class Folder:
     def finish(self, device="cpu", **facts):
         "Mark the stage as done, with `facts`, the environment and the sums of all its files; the checkpoint is no longer needed."
         (self/"checkpoint.pt").unlink(missing_ok=True)
-        sums = {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix != ".partial"}
-        write_json(self/"done.json", dict(facts, **environment(device), sums=sums))
+        sums = {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.name != "done.json" and f.suffix != ".partial"}
+        name, _, digest = self.path.name.rpartition("-")
+        write_json(self/"done.json", dict(name=name, hash=digest, seed=read_json(self/"settings.json").get("seed"), **facts, **environment(device), sums=sums))
         return self.done()
 
     def log(self, **line):

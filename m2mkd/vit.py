@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'Embed', 'Head', 'to_chain', 'from_chain', 'meta_chain', 'resize_position', 'Model', 'ViT', 'Meta',
            'check_patch']
 
-# %% ../nbs/03_vit.ipynb #3c4a5639
+# %% ../nbs/03_vit.ipynb #c7b206fb
 import copy, re
 from collections import OrderedDict
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn
 from .chain import check_depths, renew, split
 from .core import Settings, known
 
-# %% ../nbs/03_vit.ipynb #3d96d66f
+# %% ../nbs/03_vit.ipynb #e3e14625
 BEFORE = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 def _trimmed(vit, keep):
@@ -48,7 +48,7 @@ class Head(nn.Module):
 
     def forward(self, x): return self.vit.forward_head(self.vit.norm(x))
 
-# %% ../nbs/03_vit.ipynb #04858520
+# %% ../nbs/03_vit.ipynb #156fa416
 def to_chain(vit, depths):
     "A timm VisionTransformer as a chain of `len(depths)` modules, module i with `depths[i]` blocks; parameters are shared with `vit`."
     if not isinstance(vit, VisionTransformer): raise TypeError(f"to_chain takes a timm VisionTransformer, got {type(vit).__name__}")
@@ -65,7 +65,7 @@ def from_chain(chain):
     vit.blocks = nn.Sequential(*(block for module in chain for block in module.blocks))
     return vit
 
-# %% ../nbs/03_vit.ipynb #95f4a22f
+# %% ../nbs/03_vit.ipynb #968be4b9
 def meta_chain(like, modules):
     "A newly initialised chain of `modules` single-block modules of the kind and width of the timm ViT `like`."
     if not 1 <= modules <= len(like.blocks):
@@ -78,7 +78,7 @@ def meta_chain(like, modules):
     vit.init_weights()
     return to_chain(vit, (1,) * modules)
 
-# %% ../nbs/03_vit.ipynb #aa564f18
+# %% ../nbs/03_vit.ipynb #cd62dc31
 def resize_position(old, own):
     "Rule: a position embedding (1, N, D), its square grid resampled to the new number of tokens; prefix tokens are kept."
     prefix = old.shape[1] - int(old.shape[1]**0.5)**2
@@ -120,7 +120,9 @@ class Meta(Model):
     "The meta model of a ViT: as many modules as `like`, one block each."
     like: ViT
 
-    def build(self, classes, image_size): return meta_chain(self.like.vit(classes, image_size), len(self.like.depths))
+    def build(self, classes, image_size):
+        like = self.like.but(pretrained=False, checkpoint=None)
+        return meta_chain(like.vit(classes, image_size), len(like.depths))
 
 def check_patch(image_size, patch):
     "ValueError unless patches of `patch` pixels tile an image of `image_size`."
