@@ -6,7 +6,7 @@
 __all__ = ['Result', 'evaluate_all', 'evaluate', 'Agreement', 'agreement', 'Interval', 't_interval', 'paired_bootstrap', 'Cost',
            'cost']
 
-# %% ../nbs/09_evaluate.ipynb #a596432c
+# %% ../nbs/09_evaluate.ipynb #865b11d7
 import contextlib, itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import stdtrit
-from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.functional.classification import multiclass_stat_scores
 
 from .chain import evaluating
 from .core import flop_counter, seed_of, seeded
 
-# %% ../nbs/09_evaluate.ipynb #4ea8b68e
+# %% ../nbs/09_evaluate.ipynb #c010d281
 @dataclass(frozen=True, eq=False)
 class Result:
     "A model's logits (n, C) and the labels (n,), on the CPU; accuracies are shares in 0..1, the loss is in nats."
@@ -30,7 +30,8 @@ class Result:
     def top(self, k):
         "Share of the images whose label is among the k largest logits (of all C, if there are fewer than k)."
         classes = self.logits.shape[1]
-        return multiclass_accuracy(self.logits, self.labels, num_classes=classes, top_k=min(k, classes), average="micro").item()
+        right, *_ = multiclass_stat_scores(self.logits, self.labels, num_classes=classes, top_k=min(k, classes), average="micro")
+        return right.item() / len(self.labels)
 
     @property
     def predictions(self):
@@ -53,7 +54,7 @@ class Result:
 
     def __repr__(self): return "Result(" + ", ".join(f"{k}={v:.4g}" for k, v in self.summary().items()) + ")"
 
-# %% ../nbs/09_evaluate.ipynb #6764bf49
+# %% ../nbs/09_evaluate.ipynb #e06ae4f5
 def _like_weights(model, x):
     "Images x in the device and floating type of the model's weights."
     like = next((t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()), x)
@@ -78,7 +79,7 @@ def _result(name, logits, labels):
         raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but model {name!r} has the classes 0..{z.shape[1] - 1}")
     return Result(z, y)
 
-# %% ../nbs/09_evaluate.ipynb #959e1460
+# %% ../nbs/09_evaluate.ipynb #79a89141
 def evaluate_all(models, batches):
     "{name: Result} of {name: model} over batches of (images (B,3,H,W), labels (B,)); reads each batch once. Keeps n x C floats a model."
     logits, labels = {name: [] for name in models}, []
@@ -94,7 +95,7 @@ def evaluate(model, batches):
     "The Result of one model (images -> logits) over batches of (images, labels)."
     return evaluate_all({"model": model}, batches)["model"]
 
-# %% ../nbs/09_evaluate.ipynb #18193de7
+# %% ../nbs/09_evaluate.ipynb #88927ec3
 class Agreement(NamedTuple):
     "Share of equal predictions (0..1) and mean KL(a||b) in nats."
     same: float
@@ -109,7 +110,7 @@ def agreement(a, b):
     kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
     return Agreement((a.predictions == b.predictions).double().mean().item(), kl.item())
 
-# %% ../nbs/09_evaluate.ipynb #3e4f1bcc
+# %% ../nbs/09_evaluate.ipynb #1d0b2aee
 class Interval(NamedTuple):
     "A mean and the ends of its confidence interval."
     mean: float
@@ -133,7 +134,7 @@ def t_interval(differences, confidence=0.95):
     half = stdtrit(len(d) - 1, (1 + c) / 2) * d.std(ddof=1) / np.sqrt(len(d))
     return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
 
-# %% ../nbs/09_evaluate.ipynb #c10c8d72
+# %% ../nbs/09_evaluate.ipynb #8f8ef289
 def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
     "Interval of accuracy(a) - accuracy(b) over resampled images; inputs 0/1 or bool, (images,) or (seeds, images)."
     a, b = (np.asarray(c, dtype=np.float64) for c in (correct_a, correct_b))
@@ -147,7 +148,7 @@ def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
     low, high = np.quantile(drawn @ values / (images * seeds), [tail, 1 - tail])
     return Interval(float(total.mean() / seeds), float(low), float(high))
 
-# %% ../nbs/09_evaluate.ipynb #789dfc64
+# %% ../nbs/09_evaluate.ipynb #64d9600c
 class Cost(NamedTuple):
     "Number of parameters, and FLOPs (a multiply-add is two) of one forward pass."
     parameters: int

@@ -1,5 +1,5 @@
 "settings.ini is the one source: the other files repeat it, and the wheel made from it stands alone."
-import ast, re, subprocess, sys
+import ast, os, re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
@@ -72,7 +72,6 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_imports_with_the_run_time_requirements_alone(wheel, tmp_path):
-    import zipfile
     site = tmp_path/"site"
     zipfile.ZipFile(wheel).extractall(site)                              # a pure wheel is its own installed form
     metadata = next(site.glob("*.dist-info/METADATA")).read_text()
@@ -82,7 +81,6 @@ def test_wheel_imports_with_the_run_time_requirements_alone(wheel, tmp_path):
     refused = {Requirement(r).name.replace("-", "_") for r in required("notebook_", "dev_")} | {"IPython", "jupyter_client", "nbformat"}
     refused -= {"tensorboard"}                                           # others look for it by themselves
     code = NEEDS.replace("{refused}", repr(refused)).replace("{version}", settings["version"]).replace("{site}", str(site))
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-                         capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == len(list((root/"m2mkd").glob("[!_]*.py")))

@@ -1,5 +1,5 @@
 "papermill and our notebooks: parameters, the bars, and what a failed run leaves."
-import os, pty, subprocess, sys
+import contextlib, os, pty, subprocess, sys, termios
 
 import nbformat
 import pytest
@@ -46,16 +46,15 @@ def test_unknown_parameter_stops_the_run_and_names_the_nearest(notebook):
 
 def on_a_terminal(words):
     "The exit code of a command on a terminal of 100 columns, and what it wrote there."
-    pid, terminal = pty.fork()
-    if pid == 0:
-        environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}      # a kernel that sees it leaves stderr alone
-        os.execvpe("sh", ["sh", "-c", 'stty cols 100 rows 30; exec "$@"', "sh", *words], environment)
-    said = b""
-    try:
-        while chunk := os.read(terminal, 4096): said += chunk
-    except OSError: pass                                     # the other side is closed
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode(errors="replace")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 100))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}           # a kernel that sees it leaves stderr alone
+    run, said = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment), b""
+    os.close(theirs)
+    with contextlib.suppress(OSError):                                                         # when the other side is closed
+        while chunk := os.read(ours, 4096): said += chunk
+    os.close(ours)
+    return run.wait(), said.decode(errors="replace")
 
 
 def test_bars_are_on_the_terminal_and_not_in_the_notebook(notebook):

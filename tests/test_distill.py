@@ -1,0 +1,194 @@
+"The loss against the published numbers; the joint pass: a pair does not notice its company, and nothing but the students changes."
+import json
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from m2mkd.chain import freeze, hybrid, stitch
+from m2mkd.core import seeded
+from m2mkd.data import Batches, load
+from m2mkd.distill import Distillation, hybrids, m2mkd_loss, m2mkd_terms, match_host, match_modules, paired, prefix
+from m2mkd.folder import Folder
+from m2mkd.train import Phase, Runtime, Training, train
+from m2mkd.vit import Meta, ViT
+from m2mkd.vmoe import VMoE
+
+REFERENCE = Path(__file__).parent/"reference"/"m2mkd_loss"
+TEACHER = ViT(depths=(2, 1, 1), options=dict(embed_dim=16, num_heads=2, patch_size=4, drop_path_rate=0.3))
+STUDENT = VMoE(depths=(1, 1, 1), width=8, heads=2, patch=4, experts=4, noise=1., drop_path=0.3)
+
+
+# --- the loss ---
+
+@pytest.mark.parametrize("tau", [1, 3])
+@pytest.mark.parametrize("reduction,key", [("mean", "official"), ("batchmean", "batchmean")])
+def test_loss_of_the_published_code(reduction, key, tau):
+    t = load_file(REFERENCE.with_suffix(".safetensors"))
+    assert "batchmean by batch" in json.loads(REFERENCE.with_suffix(".json").read_text())["note"]
+    ours = m2mkd_loss(t["student_logits"], t["teacher_logits"], t["soft_labels"], alpha=0.5, tau=tau, reduction=reduction)
+    assert abs(ours.item() - t[f"{key}_alpha0.5_tau{tau}"].item()) < 1e-10
+
+
+@pytest.fixture
+def logits():
+    s, t, y = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return s, t, y.softmax(1)
+
+
+def test_hard_loss_is_the_explicit_formula(logits):
+    s, t, y = logits
+    p = s.softmax(1)
+    label = -(y * p.log()).sum() / 6
+    hard = -sum(p[b, t[b].argmax()].log() for b in range(6)) / 6
+    for tau, reduction in ((1, "mean"), (4, "batchmean")):
+        loss = m2mkd_loss(s, t, y, alpha=0.3, tau=tau, reduction=reduction, kind="hard")
+        assert abs(loss - (0.7 * label + 0.3 * hard)) < 1e-12
+
+
+def test_ends_of_alpha(logits):
+    s, t, y = logits
+    how = dict(tau=2, reduction="batchmean")
+    assert m2mkd_loss(s, t, y, alpha=0, **how) == m2mkd_loss(s, None, y, alpha=0, **how)
+    assert m2mkd_loss(s, s, y, alpha=1, **how).abs() < 1e-12                       # the teacher's own logits: nothing to learn
+    assert set(m2mkd_terms(s, None, y, alpha=0, **how)) == {"loss", "label"}
+
+
+@pytest.mark.parametrize("wrong,said", [(dict(alpha=-0.1), "alpha = -0.1 is outside 0..1"), (dict(alpha=1.1), "alpha = 1.1 is outside 0..1"),
+    (dict(alpha=float("nan")), "alpha = nan"), (dict(tau=0), "tau = 0"), (dict(reduction="men"), "unknown reduction 'men'; nearest: mean"),
+    (dict(kind="sotf"), "unknown kind of distillation 'sotf'; nearest: soft")])
+def test_wrong_loss(logits, wrong, said):
+    with pytest.raises(ValueError) as e: m2mkd_loss(*logits, **(dict(alpha=0.5, tau=1, reduction="mean") | wrong))
+    assert said in str(e.value)
+
+
+def test_a_loss_without_teacher(logits):
+    with pytest.raises(ValueError, match="alpha = 0.5 needs a teacher"): m2mkd_loss(logits[0], None, logits[2], alpha=0.5, tau=1, reduction="mean")
+
+
+@pytest.mark.parametrize("wrong,said", [(dict(alpha=1.5), "alpha = 1.5"), (dict(alpha=-1), "alpha = -1"), (dict(tau=0), "tau = 0"),
+    (dict(reduction="sum"), "reduction = 'sum'"), (dict(kind="medium"), "kind = 'medium'"), (dict(alfa=0.5), "nearest: alpha")])
+def test_wrong_distillation(wrong, said):
+    with pytest.raises(ValueError) as e: Distillation(**wrong)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+# --- the joint pass ---
+
+@pytest.fixture(scope="module")
+def batches(): return Batches(load("digits", classes=5, per_class=16), 16, seed=0)
+
+
+def chains(dtype=torch.float32):
+    "Meta model and teacher (frozen) and the stitched modules of the student, always the same."
+    with seeded(0, "chains"):
+        meta, teacher, student = Meta(like=TEACHER).build(5, 8), TEACHER.build(5, 8), STUDENT.build(5, 8)
+        students = stitch(student, meta, torch.zeros(1, 3, 8, 8), norm=True)
+    for model in (meta, teacher): freeze(model.to(dtype))
+    return meta, teacher, [s.to(dtype).train() for s in students]
+
+
+def phase_of(only=(0, 1, 2), dtype=torch.float32, distillation=Distillation(alpha=0.5, tau=2)):
+    "(meta, teacher, students, the phase that distils the students `only`)."
+    meta, teacher, students = chains(dtype)
+    phase = paired(meta, {i: students[i] for i in only}, distillation, 7, match_modules(meta, dict(enumerate(teacher))), fixed=(teacher,))
+    def loss(models, x, y, step): return phase.loss(models, x.to(dtype), y.to(dtype), step)
+    return meta, teacher, students, Phase(phase.trains, loss, phase.fixed)
+
+
+def gradients(only, batches, step=3):
+    "{i: gradients of students[i] by name} in float64 after one joint backward pass of the pairs `only`."
+    _, _, students, phase = phase_of(only, torch.float64)
+    sum(t["loss"] for t in phase.loss(phase.trains, *batches.at(0, 1), step).values()).backward()
+    return {i: {n: p.grad for n, p in students[i].named_parameters()} for i in only}
+
+
+def test_gradients_do_not_depend_on_the_company(batches):
+    joint = gradients((0, 1, 2), batches)
+    for i in range(3):
+        alone = gradients((i,), batches)[i]
+        assert alone.keys() == joint[i].keys() and sum(g.abs().sum() for g in alone.values()) > 1
+        assert max((alone[n] - joint[i][n]).abs().max() for n in alone) < 1e-10
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(gradients((1,), batches, step=4)[1].values(), joint[1].values()))   # the noise is on
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_weights_do_not_depend_on_the_company(batches, tmp_path, dtype, tolerance):
+    "20 steps through the loop, gradients clipped to a norm that all of them exceed."
+    settings = Training(epochs=4, batch_size=16, lr=0.5, clip=0.02, optimizer="sgd")
+    def trained(only, where):
+        phase = phase_of(only, dtype)[3]
+        train(phase, batches, settings, {n: tmp_path/where/n for n in phase.trains}, runtime=Runtime(device="cpu", log_steps=1))
+        return {n: Folder(tmp_path/where/n) for n in phase.trains}
+    start, joint = chains(dtype)[2], trained((0, 1, 2), "joint")
+    for i in range(3):
+        name, alone = f"module-{i}", trained((i,), f"alone-{i}")[f"module-{i}"]
+        ours, theirs, before = alone.weights(), joint[name].weights(), start[i].state_dict()
+        assert max((ours[k] - theirs[k]).abs().max() for k in ours) < tolerance
+        assert max((ours[k] - before[k]).abs().max() for k in ours) > 100 * tolerance
+        assert len(alone.metrics()) == 20 and all(m["norm"] > 0.02 for m in alone.metrics())
+        assert [m["loss"] for m in alone.metrics()] == pytest.approx([m["loss"] for m in joint[name].metrics()], abs=1e-5)
+
+
+def test_only_the_students_change(batches, tmp_path):
+    meta, teacher, students, phase = phase_of((0, 2))
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (meta, teacher, *students)]
+    meta.requires_grad_(True).train(), teacher.requires_grad_(True).train()                      # the loop is to freeze them
+    train(phase, batches, Training(epochs=1, batch_size=16), {n: tmp_path/n for n in phase.trains}, runtime=Runtime(device="cpu"))
+    for model in (meta, teacher):
+        assert not any(m.training for m in model.modules()) and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    same = [all(torch.equal(v, b[k]) for k, v in m.state_dict().items()) for m, b in zip((meta, teacher, *students), before)]
+    assert same == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_only_module_i_has_gradients(batches, i):
+    meta, teacher, students, phase = phase_of((0, 1, 2))
+    phase.loss(phase.trains, *batches.at(0, 0), 0)[f"module-{i}"]["loss"].backward()
+    for model in (meta, teacher, *(s for k, s in enumerate(students) if k != i)): assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert all(p.grad is not None for p in students[i].parameters()) and any(p.grad.any() for p in students[i].parameters())
+
+
+class OneToken(nn.Module):
+    "Images or tokens -> a single token of width 16."
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 16)
+
+    def forward(self, x): return self.linear(x.flatten(2).mean(-1) if x.dim() == 4 else x.mean(1)).unsqueeze(1)
+
+
+def test_hybrids_of_different_token_counts(batches):
+    meta, teacher, _ = chains(torch.float64)
+    x = batches.at(0, 0)[0].double()
+    modules = {0: OneToken(3).double(), 1: teacher[1], 2: nn.Sequential(nn.Flatten(1), nn.Linear(5 * 16, 5)).double()}
+    joint = hybrids(meta, modules, prefix(meta, x))
+    for i, module in modules.items(): assert torch.allclose(joint[i], hybrid(meta, i, module)(x), atol=1e-12)
+    modules[1] = OneToken(16).double()
+    assert torch.allclose(hybrids(meta, modules, prefix(meta, x))[1], hybrid(meta, 1, modules[1])(x), atol=1e-12)
+
+
+def test_the_meta_chain_sees_each_flow_once(batches):
+    "The prefix is computed once, and the hybrids that carry the same shape pass a layer together."
+    meta, teacher, students, phase = phase_of()
+    calls = []
+    for j, link in enumerate(meta): link.register_forward_hook(lambda m, a, out, j=j: calls.append((j, len(out))))
+    phase.loss(phase.trains, *batches.at(0, 0), 0)
+    assert sorted(calls) == [(0, 16), (1, 16), (1, 16), (1, 16), (2, 16), (2, 32), (2, 32)]
+
+
+def test_matching_the_host(batches):
+    "A meta module inside a frozen teacher: the targets are the teacher's own logits, for every module."
+    meta, teacher, _ = chains()
+    x, y = batches.at(0, 0)
+    terms = paired(teacher, dict(enumerate(meta)), Distillation(alpha=1), 0, match_host, name="fit").loss({f"fit-{i}": m for i, m in enumerate(meta)}, x, y, 0)
+    for i in range(3):
+        kl = F.kl_div(hybrid(teacher, i, meta[i])(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean")
+        assert torch.allclose(terms[f"fit-{i}"]["distill"], kl, atol=1e-6)
+
+
+def test_a_module_that_is_not_there():
+    meta, _, students = chains()
+    with pytest.raises(IndexError, match=r"module index 3 is outside 0\.\.2"): paired(meta, {3: students[0]}, Distillation(), 0)
