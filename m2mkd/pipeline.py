@@ -6,7 +6,7 @@
 __all__ = ['Task', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of', 'runs_folder',
            'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #fdefd7e1
+# %% ../nbs/11_pipeline.ipynb #a910cdb1
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #de586298
+# %% ../nbs/11_pipeline.ipynb #49f6c304
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -39,7 +39,7 @@ class Task(Settings):
                 raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; choose disjoint `per_class` ranges")
         return train, sum(tests[1:], tests[0])
 
-# %% ../nbs/11_pipeline.ipynb #5b55617e
+# %% ../nbs/11_pipeline.ipynb #efaa9391
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -52,7 +52,7 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #39478587
+# %% ../nbs/11_pipeline.ipynb #47666ed2
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -105,7 +105,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #2f85beb0
+# %% ../nbs/11_pipeline.ipynb #30a1236c
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -132,14 +132,14 @@ def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #c074216e
+# %% ../nbs/11_pipeline.ipynb #b3a04267
 def runs_folder(name, folder=""):
     "`folder`, if given; else `runs/<name>` in $M2MKD_RUNS, in the checkout that this package lies in, or in the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
     root = os.environ.get("M2MKD_RUNS") or ((checkout if (checkout/"settings.ini").exists() else Path.cwd())/"runs")
     return Path(folder or Path(root)/name)
 
-# %% ../nbs/11_pipeline.ipynb #7888b896
+# %% ../nbs/11_pipeline.ipynb #cb0b8d6b
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 
@@ -166,7 +166,7 @@ class Lab:
     def _stages(self, records, inputs, training, task, make):
         "Train what is not done of the stages {name: settings}; make() -> (phase, evaluate) is called only if something is not."
         paths = {n: self.root/f"{n}-{hash_of(r)}" for n, r in records.items()}
-        if not all(Folder(p).start(records[n]).done() for n, p in paths.items()):
+        if not all(Folder(p).check(records[n]).done() for n, p in paths.items()):
             seed = next(iter(records.values()))["seed"]
             batches = Batches(self.images(task)[0], training.batch_size, training.augment, seed, self.runtime.resolved())
             phase, evaluator = make()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'end_to_end', 'Learner', 'Trainer', 'train']
 
-# %% ../nbs/07_train.ipynb #88743341
+# %% ../nbs/07_train.ipynb #b621e8ab
 import math, resource, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
 
-# %% ../nbs/07_train.ipynb #79534280
+# %% ../nbs/07_train.ipynb #5515aeb8
 class Training(Settings):
     "How long and how a phase trains; changes the result, so it is part of a stage's hash."
     epochs: int = Field(ge=1)
@@ -60,7 +60,7 @@ class Runtime(Settings):
         "The device as text."
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/07_train.ipynb #a3572eb5
+# %% ../nbs/07_train.ipynb #5edea6dd
 @dataclass
 class Phase:
     "What trains (by name), the loss of each, and what is fixed (frozen and in evaluation mode)."
@@ -77,7 +77,7 @@ def end_to_end(model, seed, name="model"):
         return {name: {"loss": soft_cross_entropy(logits, y)}}
     return Phase({name: model}, loss)
 
-# %% ../nbs/07_train.ipynb #65f09ed6
+# %% ../nbs/07_train.ipynb #ce3b6343
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
 
 class Learner:
@@ -122,7 +122,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.module.load_state_dict(state["average"])
 
-# %% ../nbs/07_train.ipynb #6b3a7e28
+# %% ../nbs/07_train.ipynb #ce88eb40
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
@@ -144,7 +144,7 @@ class Trainer:
             if (saved := learner.folder.checkpoint()):
                 learner.load_state(saved)
                 self.step, self.seconds, self.flops = saved["step"], saved["seconds"], saved["flops"]
-            learner.folder.rewind(self.step)
+            learner.folder.rewind(self.step if saved else -1)
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def losses(self, x, y):
@@ -220,6 +220,8 @@ class Trainer:
                     if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
                 last = self.evaluated(epoch + 1)
                 self.record(last)
+        last = last or self.evaluated(self.settings.epochs)
+        if self.runtime.trackers: self.accelerator.end_training()
         return {x.name: self.finish(x, last.get(x.name, {})) for x in self.learners}
 
     def log_start(self):
@@ -242,7 +244,7 @@ class Trainer:
                                      flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
                                      results=results)
 
-# %% ../nbs/07_train.ipynb #357c259e
+# %% ../nbs/07_train.ipynb #c8502c9d
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     "Train a phase into `folders` {name: path}; returns {name: content of done.json}. `record`: {name: settings to keep}, by default `settings`."
     folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}

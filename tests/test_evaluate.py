@@ -111,10 +111,10 @@ def test_report_reads_what_folder_writes(tmp_path):
         stage = folder.Folder(tmp_path/"exp"/f"{name}-{seed}").start({"seed": seed})
         stage.log(step=1, epoch=0.5, loss=2.0)
         stage.log(step=2, epoch=1, top1=0.5)
-        stage.finish(hash=f"{name}{seed}", name=name, seed=seed, seconds=1.0, results={"top1": 0.5, "name": "kept"})
+        stage.finish(seconds=1.0, results={"top1": 0.5, "name": "kept"})
     folder.Folder(tmp_path/"exp"/"e2e-2").start({"seed": 2}).log(step=1, epoch=0.5, loss=2.0)
     runs, metrics = report.runs_table(tmp_path), report.metrics_table(tmp_path/"exp")
-    assert sorted(runs.hash) == ["e2e0", "e2e1", "metaNone"] and set(runs["results.name"]) == {"kept"} and str(runs.seed.dtype) == "Int64"
+    assert sorted(runs.hash) == ["0", "1", "None"] and set(runs["results.name"]) == {"kept"} and str(runs.seed.dtype) == "Int64"
     assert len(metrics) == 6 and metrics.top1.count() == 3
     arms = runs[runs.name == "e2e"].assign(arm="E2E")
     report.save(report.bars(arms), tmp_path/"figures"/"bars.svg")
