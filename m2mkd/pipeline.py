@@ -6,7 +6,7 @@
 __all__ = ['Task', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of', 'runs_folder',
            'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #a910cdb1
+# %% ../nbs/11_pipeline.ipynb #9b62352e
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #49f6c304
+# %% ../nbs/11_pipeline.ipynb #3feef363
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -39,7 +39,7 @@ class Task(Settings):
                 raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; choose disjoint `per_class` ranges")
         return train, sum(tests[1:], tests[0])
 
-# %% ../nbs/11_pipeline.ipynb #efaa9391
+# %% ../nbs/11_pipeline.ipynb #2d6ad038
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -52,7 +52,7 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #47666ed2
+# %% ../nbs/11_pipeline.ipynb #6ce894fd
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -105,7 +105,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #30a1236c
+# %% ../nbs/11_pipeline.ipynb #dfc5ee18
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -132,21 +132,22 @@ def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #b3a04267
+# %% ../nbs/11_pipeline.ipynb #c9eb86e6
 def runs_folder(name, folder=""):
     "`folder`, if given; else `runs/<name>` in $M2MKD_RUNS, in the checkout that this package lies in, or in the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
     root = os.environ.get("M2MKD_RUNS") or ((checkout if (checkout/"settings.ini").exists() else Path.cwd())/"runs")
     return Path(folder or Path(root)/name)
 
-# %% ../nbs/11_pipeline.ipynb #cb0b8d6b
+# %% ../nbs/11_pipeline.ipynb #c023072d
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 
 class Lab:
-    "Where an experiment's stages live (`root`), where they run, and the seed of what is not given another."
-    def __init__(self, root, runtime=Runtime(), seed=0):
-        self.root, self.runtime, self.seed, self.sets = Path(root), runtime, seed, {}
+    """Where an experiment's stages live (`root`), where they run, the seed of what is not given another, and the `floor`: the share of the meta
+    model's accuracy that each module's hybrid must reach."""
+    def __init__(self, root, runtime=Runtime(), seed=0, floor=0.5):
+        self.root, self.runtime, self.seed, self.floor, self.sets = Path(root), runtime, seed, floor, {}
 
     def images(self, task):
         "(training set, test set) of a task on the device, loaded once."
@@ -190,7 +191,9 @@ class Lab:
             treated = start_from(chain, model, modules, record, position)
             if treated: print(f"{name}: new or resized: {', '.join(treated)}")
             return end_to_end(chain, seed, name), lambda _, m: self._tested(m, task, self.root/f"{name}-{hash_of(record)}")
-        return self._stages({name: record}, modules, training, task, make)[0]
+        stage = self._stages({name: record}, modules, training, task, make)[0]
+        if modules: print(f"{name}: top-1 {stage.metrics[0]['top1']:.1%} right after assembly, {stage.done['results']['top1']:.1%} after {training.epochs} epochs")
+        return stage
 
     def _tested(self, model, task, folder):
         "Results on the whole test set; the predicted class of each image is kept beside them, for paired statistics."
@@ -212,18 +215,23 @@ class Lab:
         return self._stages(records, inputs, training, task, make)
 
     def incubate(self, name, model, meta, task, training, seed=None, only=None):
-        "Each module of `model` inside the Stage `meta`, on the labels (Deep Incubation, arXiv 2212.04129); a list of Stages."
-        return self._pairs(name, meta, model, task, training, seed, [meta], lambda host: match_nothing, Distillation(alpha=0), only)
+        "Each module of `model` inside the Stage `meta`, on the labels (Deep Incubation, arXiv 2212.04129); prints `health`; a list of Stages."
+        stages = self._pairs(name, meta, model, task, training, seed, [meta], lambda host: match_nothing, Distillation(alpha=0), only)
+        if only is None: self.health(meta, stages, task)
+        return stages
 
     def fit(self, name, meta, teacher, task, training, seed=None, only=None):
         "Each module of the model `meta` inside the Stage `teacher`, to match the teacher's logits; a list of Stages."
         return self._pairs(name, teacher, meta, task, training, seed, [teacher], lambda host: match_host, Distillation(alpha=1), only)
 
     def distill(self, name, student, meta, teacher, task, training, distillation=Distillation(), seed=None, norm=False, only=None):
-        "Each module of `student`, stitched, inside the Stage `meta`, to match the teacher's module in the same place; a list of Stages."
+        "Each module of `student`, stitched, inside the Stage `meta`, to match the teacher's module there; prints `health` before and after; a list of Stages."
+        self.health(meta, teacher, task)
         def match(host): return match_modules(host, dict(enumerate(frozen(teacher.model(), self.runtime.resolved()))))
         model = Stitched(student=student, meta=meta.spec, norm=norm)
-        return self._pairs(name, meta, model, task, training, seed, [meta, teacher], match, distillation, only)
+        stages = self._pairs(name, meta, model, task, training, seed, [meta, teacher], match, distillation, only)
+        if only is None: self.health(meta, teacher, task, stages)
+        return stages
 
     def given(self, name, model, task, seed=None):
         "The model as its settings build it (pretrained weights, for example), evaluated and kept without training."
@@ -236,16 +244,16 @@ class Lab:
                           parameters=sum(p.numel() for p in chain.parameters()), results=evaluate(chain, self.test(task)).summary())
         return Stage(folder.path)
 
-    def health(self, meta, teacher, task, students=(), floor=0.5):
+    def health(self, meta, teacher, task, students=(), floor=None):
         """Table of top-1 accuracies, a row a module: meta model, teacher hybrid, student hybrid, and the KL (nats) between the last two.
-        `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` times the meta model."""
+        `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (the lab's, if none is given) times the meta model."""
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
         record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task))
         folder = Folder(self.root/f"hybrids-{hash_of(record)}").start(record)
         if not folder.done():
             start, rows = time.perf_counter(), self._hybrid_rows(meta, teacher, task, students)
             folder.finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start, results={"hybrids": rows})
-        table = pd.DataFrame(folder.done()["results"]["hybrids"]).set_index("module")
+        floor, table = self.floor if floor is None else floor, pd.DataFrame(folder.done()["results"]["hybrids"]).set_index("module")
         print(table.round(3).to_string())
         if (bad := table[table.teacher < floor * table.meta]).size:
             i, row = bad.index[0], bad.iloc[0]
