@@ -8,6 +8,7 @@ B := .venv/bin
 UV := $(B)/uv pip
 REQUIREMENTS := settings.ini setup.py pyproject.toml constraints.txt
 export PYTHONUTF8 := 1
+quickstart test: export OMP_NUM_THREADS ?= 1   # models this small gain nothing from more, and lose much where cores are shared
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1~\2/p' Makefile | awk -F~ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -19,9 +20,9 @@ quickstart: .venv/notebooks.stamp  ## the whole method on embedded data: a table
 
 test: .venv/dev.stamp  ## what CI runs: generated files in sync, library notebooks, experiments with smoke defaults, pytest
 	$(B)/python tools/sync.py
-	OMP_NUM_THREADS=1 $(B)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments)' --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(B)/python tools/smoke.py
-	OMP_NUM_THREADS=1 $(B)/python -m pytest
+	$(B)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments)' --n_workers 2 --timing
+	$(B)/python tools/smoke.py
+	$(B)/python -m pytest
 
 lab: .venv/notebooks.stamp  ## JupyterLab on the notebooks
 	$(B)/python -m jupyterlab nbs
