@@ -3,6 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 
 import pytest, timm, torch
+from PIL import Image
 
 from m2mkd import pipeline
 from m2mkd.chain import assemble, hybrid, unstitched
@@ -211,9 +212,9 @@ def test_given_models(tmp_path, no_training):
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory):
-    "(lab, task, meta model, teacher): both trained end to end, each on its own, until they know something."
-    lab, task = Lab(tmp_path_factory.mktemp("apart"), CPU), Task(train=Data(name="digits", classes=5), test=(Data(name="digits", split="test", classes=5),))
-    training = Training(epochs=5, batch_size=32, lr=0.08, warmup=1, clip=1., augment=Augment(flip=0))
+    "(lab, task, training, meta model, teacher): both trained end to end, each on its own, until they know something."
+    task = Task(train=Data(name="digits", classes=5, per_class=80), test=(Data(name="digits", split="test", classes=5),))
+    lab, training = Lab(tmp_path_factory.mktemp("apart"), CPU), Training(epochs=4, batch_size=20, lr=0.08, warmup=1, clip=1., augment=Augment(flip=0))
     return lab, task, training, lab.end_to_end("meta", META, task, training), lab.end_to_end("teacher", TEACHER, task, training)
 
 def test_a_cut_teacher_does_not_fit_a_meta_model_trained_apart(apart):
@@ -227,6 +228,7 @@ def test_a_cut_teacher_does_not_fit_a_meta_model_trained_apart(apart):
 
 def test_a_fitted_meta_model_fits(apart):
     lab, task, training, _, teacher = apart
+    training = training.but(epochs=3)
     fitted = lab.fit("fit", META, teacher, task, training)
     assert fitted[0].inputs == (teacher,) and all(s.done["results"]["top1"] > 0.5 for s in fitted)
     meta = lab.finetune("meta_fitted", META, fitted, task, training)
@@ -244,7 +246,10 @@ def test_more_students_than_modules(stages, tmp_path):
     fails(lambda: distill(fewer), "the student has 2 modules, the meta model 3")
     fails(lambda: lab.incubate("incubate", TEACHER.but(depths=(1, 1, 1, 1)), meta, SOURCE, BRIEF), "incubate: 4 modules for a host of 3")
     fails(lambda: lab.finetune("few", STUDENT, stages["modules"][:2], TARGET, BRIEF), "2 trained modules for a chain of 3")
-    assert not {n for n in folders(tmp_path) if not n.startswith("hybrids")}
+    short = lab.given("given", TEACHER.but(depths=(2, 2)), SOURCE)
+    fails(lambda: lab.distill("distill", STUDENT, meta, short, SOURCE, BRIEF), "the teacher has 2 modules, the meta model 3")
+    fails(lambda: lab.incubate("incubate", TEACHER, meta, SOURCE, BRIEF, only=[3]), "incubate: module index 3 is outside 0..2", kind=IndexError)
+    assert {n.partition("-")[0] for n in folders(tmp_path)} <= {"hybrids", "given"}
 
 def test_modules_in_another_order(stages, tmp_path):
     one, two, three = stages["modules"]
@@ -310,3 +315,15 @@ def test_a_stage_folder_of_other_settings(stages, tmp_path):
 def test_unknown_way_to_treat_positions(stages, tmp_path):
     fails(lambda: lab_at(tmp_path).finetune("e2e", STUDENT, stages["modules"], TARGET, BRIEF, position="resized"), "unknown way to treat the position embedding 'resized'")
     assert not folders(tmp_path)
+
+def test_a_damaged_image_goes_no_further_than_loading(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2MKD_CACHE", str(tmp_path/"cache"))
+    for split, name, k in [(s, n, k) for s in ("train", "test") for n in ("crow", "owl") for k in range(3)]:
+        (tmp_path/"birds"/split/name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * k, 0, 0)).save(tmp_path/"birds"/split/name/f"{k}.png")
+    birds = Data(name="birds", root=tmp_path/"birds")
+    task = Task(train=birds, test=(birds.but(split="test"),))
+    damaged = tmp_path/"birds/test/owl/1.png"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    fails(lambda: lab_at(tmp_path/"runs").end_to_end("e2e", META, task, BRIEF.but(batch_size=4)), str(damaged), "damaged")
+    assert not folders(tmp_path/"runs")
