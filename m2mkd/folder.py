@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['code', 'environment', 'Folder']
 
-# %% ../nbs/00a_folder.ipynb #1be58277
+# %% ../nbs/00a_folder.ipynb #89780825
 import functools, importlib.metadata, importlib.util, json, platform, subprocess
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .core import read_json, sha256, to_plain, whole, write_json
 
-# %% ../nbs/00a_folder.ipynb #f5504076
+# %% ../nbs/00a_folder.ipynb #a9887d8f
 def _git(*args):
     here = Path(importlib.util.find_spec("m2mkd").origin).parent
     said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
@@ -34,7 +34,7 @@ def environment(device="cpu"):
     return dict(commit=code(), versions=dict(python=platform.python_version(), **versions),
                 device=name, threads=torch.get_num_threads())
 
-# %% ../nbs/00a_folder.ipynb #7275b541
+# %% ../nbs/00a_folder.ipynb #b12b4998
 def _first_difference(a, b, where=""):
     "The first place where two plain data differ, as (path, value in a, value in b); None where they are equal."
     if isinstance(a, dict) and isinstance(b, dict):
@@ -71,10 +71,11 @@ class Folder:
 
     def finish(self, device="cpu", **facts):
         "Mark the stage as done, with `facts`, the environment and the sums of all its files; the checkpoint is no longer needed."
-        (self/"checkpoint.pt").unlink(missing_ok=True)
-        sums = {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.name != "done.json" and f.suffix != ".partial"}
+        others = "done.json", "checkpoint.pt"
+        sums = {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.name not in others and f.suffix != ".partial"}
         name, _, digest = self.path.name.rpartition("-")
         write_json(self/"done.json", dict(name=name, hash=digest, seed=read_json(self/"settings.json").get("seed"), **facts, **environment(device), sums=sums))
+        (self/"checkpoint.pt").unlink(missing_ok=True)
         return self.done()
 
     def log(self, **line):
@@ -82,9 +83,9 @@ class Folder:
         with open(self/"metrics.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
 
     def metrics(self):
-        "The lines of metrics.jsonl as dicts."
+        "The lines of metrics.jsonl as dicts, without a last one that was cut off."
         file = self/"metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
 
     def rewind(self, step):
         "Drop the metrics of later steps than `step`: what a run wrote after its last checkpoint is written again when it resumes."

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of', 'runs_folder',
            'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #9b62352e
+# %% ../nbs/11_pipeline.ipynb #1066e058
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #3feef363
+# %% ../nbs/11_pipeline.ipynb #e579b6ab
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -39,7 +39,7 @@ class Task(Settings):
                 raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; choose disjoint `per_class` ranges")
         return train, sum(tests[1:], tests[0])
 
-# %% ../nbs/11_pipeline.ipynb #2d6ad038
+# %% ../nbs/11_pipeline.ipynb #adc360cb
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -52,7 +52,7 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #6ce894fd
+# %% ../nbs/11_pipeline.ipynb #3c3f6786
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -105,7 +105,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #dfc5ee18
+# %% ../nbs/11_pipeline.ipynb #e8d559b8
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -119,27 +119,29 @@ def digest(images):
 
 def _state(stage, model):
     "The stage's state as `model` has it: stitch layers come off where the model has none."
-    return stage.state() if to_plain(model) == stage.settings["model"] else unstitched(stage.state())
+    return unstitched(stage.state()) if isinstance(stage.spec, Stitched) and not isinstance(model, Stitched) else stage.state()
 
 def start_from(chain, model, modules, record, position):
     "Load the Stages `modules` (one a module, or a single whole model, or none) into `chain`; returns the keys that were new or resized."
     if not modules: return []
     same = all(record[k] == modules[0].settings[k] for k in ("classes", "image_size"))
-    rules, states = () if same else model.rules(position), [_state(s, model) for s in modules]
-    return load_strictly(chain, states[0], rules) if modules[0].settings["module"] is None else assemble(chain, states, rules)
+    rules, states, numbers = () if same else model.rules(position), [_state(s, model) for s in modules], [s.settings["module"] for s in modules]
+    if numbers == [None]: return load_strictly(chain, states[0], rules)
+    if numbers != list(range(len(numbers))): raise ValueError(f"the stages are the modules {numbers} of a model; they are assembled in order, 0 to {len(numbers) - 1}")
+    return assemble(chain, states, rules)
 
 def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #c9eb86e6
+# %% ../nbs/11_pipeline.ipynb #6199d497
 def runs_folder(name, folder=""):
     "`folder`, if given; else `runs/<name>` in $M2MKD_RUNS, in the checkout that this package lies in, or in the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
     root = os.environ.get("M2MKD_RUNS") or ((checkout if (checkout/"settings.ini").exists() else Path.cwd())/"runs")
     return Path(folder or Path(root)/name)
 
-# %% ../nbs/11_pipeline.ipynb #c023072d
+# %% ../nbs/11_pipeline.ipynb #3944e20f
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 
@@ -209,6 +211,7 @@ class Lab:
         def make():
             chain, host_chain = self._built(model, task, seed), frozen(host.model(), self.runtime.resolved())
             if len(chain) != len(host_chain): raise ValueError(f"{name}: {len(chain)} modules for a host of {len(host_chain)}")
+            if (bad := [i for i in wanted if i not in range(len(chain))]): raise IndexError(f"{name}: module index {bad[0]} is outside 0..{len(chain) - 1}")
             phase = paired(host_chain, {i: chain[i] for i in wanted}, distillation, seed, match(host_chain), name=name)
             index = {f"{name}-{i}": i for i in wanted}
             return phase, lambda n, m: evaluate(hybrid(host_chain, index[n], m), self.test(task)).summary()
@@ -236,12 +239,13 @@ class Lab:
     def given(self, name, model, task, seed=None):
         "The model as its settings build it (pretrained weights, for example), evaluated and kept without training."
         record = self._settings(name, model, task, None, self.seed if seed is None else seed, [])
-        folder = Folder(self.root/f"{name}-{hash_of(record)}").start(record)
+        folder = Folder(self.root/f"{name}-{hash_of(record)}").check(record)
         if not folder.done():
             chain = self._built(model, task, record["seed"]).to(self.runtime.resolved())
-            folder.save_weights(chain.state_dict())
+            results = evaluate(chain, self.test(task)).summary()
+            folder.start(record).save_weights(chain.state_dict())
             folder.finish(self.runtime.resolved(), steps=0, epochs=0, seconds=0, flops=0,
-                          parameters=sum(p.numel() for p in chain.parameters()), results=evaluate(chain, self.test(task)).summary())
+                          parameters=sum(p.numel() for p in chain.parameters()), results=results)
         return Stage(folder.path)
 
     def health(self, meta, teacher, task, students=(), floor=None):
@@ -249,10 +253,10 @@ class Lab:
         `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (the lab's, if none is given) times the meta model."""
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
         record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task))
-        folder = Folder(self.root/f"hybrids-{hash_of(record)}").start(record)
+        folder = Folder(self.root/f"hybrids-{hash_of(record)}").check(record)
         if not folder.done():
             start, rows = time.perf_counter(), self._hybrid_rows(meta, teacher, task, students)
-            folder.finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start, results={"hybrids": rows})
+            folder.start(record).finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start, results={"hybrids": rows})
         floor, table = self.floor if floor is None else floor, pd.DataFrame(folder.done()["results"]["hybrids"]).set_index("module")
         print(table.round(3).to_string())
         if (bad := table[table.teacher < floor * table.meta]).size:
@@ -265,7 +269,9 @@ class Lab:
         host, device = frozen(meta.model(), self.runtime.resolved()), self.runtime.resolved()
         models = {"meta": host}
         for kind, stages in (("teacher", teacher), ("student", students)):
-            models |= {(kind, i): hybrid(host, i, m.to(device)) for i, m in enumerate(modules_of(stages))}
+            modules = modules_of(stages)
+            if stages and len(modules) != len(host): raise ValueError(f"the {kind} has {len(modules)} modules, the meta model {len(host)}: they are compared in pairs")
+            models |= {(kind, i): hybrid(host, i, m.to(device)) for i, m in enumerate(modules)}
         found = evaluate_all(models, self.test(task))
         def row(i):
             line = dict(module=i, meta=found["meta"].top(1), teacher=found["teacher", i].top(1))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'end_to_end', 'Learner', 'Trainer', 'train']
 
-# %% ../nbs/07_train.ipynb #b621e8ab
+# %% ../nbs/07_train.ipynb #9c1c361e
 import math, resource, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
 
-# %% ../nbs/07_train.ipynb #5515aeb8
+# %% ../nbs/07_train.ipynb #c31da06c
 class Training(Settings):
     "How long and how a phase trains; changes the result, so it is part of a stage's hash."
     epochs: int = Field(ge=1)
@@ -51,7 +51,7 @@ class Training(Settings):
 
 class Runtime(Settings):
     "Where and how visibly a phase runs; changes no number."
-    device: str | None = None                  # cpu, cuda; None takes what is there
+    device: Literal["cpu", "cuda"] | None = None  # None takes what is there
     checkpoint_minutes: float = Field(10, ge=0)
     log_steps: int = Field(50, ge=1)
     trackers: tuple[str, ...] = ()             # names that accelerate knows: tensorboard, wandb, ...
@@ -60,7 +60,7 @@ class Runtime(Settings):
         "The device as text."
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/07_train.ipynb #5edea6dd
+# %% ../nbs/07_train.ipynb #aafa6fa6
 @dataclass
 class Phase:
     "What trains (by name), the loss of each, and what is fixed (frozen and in evaluation mode)."
@@ -77,7 +77,7 @@ def end_to_end(model, seed, name="model"):
         return {name: {"loss": soft_cross_entropy(logits, y)}}
     return Phase({name: model}, loss)
 
-# %% ../nbs/07_train.ipynb #ce3b6343
+# %% ../nbs/07_train.ipynb #0e3c9a6e
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
 
 class Learner:
@@ -122,7 +122,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.module.load_state_dict(state["average"])
 
-# %% ../nbs/07_train.ipynb #ce88eb40
+# %% ../nbs/07_train.ipynb #8e92d02a
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
@@ -218,6 +218,7 @@ class Trainer:
                     early = [*early, took][:5]
                     if len(early) == 5 and (self.step == 5 < self.steps): bar.write(self.cost(sum(early[1:]) / 4))
                     if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
+                for x in self.learners: self.read(x.name)                    # a loss that is not finite stops here, before the evaluation
                 last = self.evaluated(epoch + 1)
                 self.record(last)
         last = last or self.evaluated(self.settings.epochs)
@@ -244,7 +245,7 @@ class Trainer:
                                      flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
                                      results=results)
 
-# %% ../nbs/07_train.ipynb #c8502c9d
+# %% ../nbs/07_train.ipynb #ea23a539
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     "Train a phase into `folders` {name: path}; returns {name: content of done.json}. `record`: {name: settings to keep}, by default `settings`."
     folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}

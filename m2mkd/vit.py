@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'Embed', 'Head', 'to_chain', 'from_chain', 'meta_chain', 'resize_position', 'Model', 'ViT', 'Meta',
            'check_patch']
 
-# %% ../nbs/03_vit.ipynb #c7b206fb
+# %% ../nbs/03_vit.ipynb #4b39e1fd
 import copy, re
 from collections import OrderedDict
 from pathlib import Path
@@ -14,13 +14,14 @@ from pathlib import Path
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .chain import check_depths, renew, split
+from .chain import check_depths, load, renew, split
 from .core import Settings, known
 
-# %% ../nbs/03_vit.ipynb #e3e14625
+# %% ../nbs/03_vit.ipynb #91dcc751
 BEFORE = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 def _trimmed(vit, keep):
@@ -48,7 +49,7 @@ class Head(nn.Module):
 
     def forward(self, x): return self.vit.forward_head(self.vit.norm(x))
 
-# %% ../nbs/03_vit.ipynb #156fa416
+# %% ../nbs/03_vit.ipynb #28dc9bd2
 def to_chain(vit, depths):
     "A timm VisionTransformer as a chain of `len(depths)` modules, module i with `depths[i]` blocks; parameters are shared with `vit`."
     if not isinstance(vit, VisionTransformer): raise TypeError(f"to_chain takes a timm VisionTransformer, got {type(vit).__name__}")
@@ -65,7 +66,7 @@ def from_chain(chain):
     vit.blocks = nn.Sequential(*(block for module in chain for block in module.blocks))
     return vit
 
-# %% ../nbs/03_vit.ipynb #968be4b9
+# %% ../nbs/03_vit.ipynb #93d111e9
 def meta_chain(like, modules):
     "A newly initialised chain of `modules` single-block modules of the kind and width of the timm ViT `like`."
     if not 1 <= modules <= len(like.blocks):
@@ -78,7 +79,7 @@ def meta_chain(like, modules):
     vit.init_weights()
     return to_chain(vit, (1,) * modules)
 
-# %% ../nbs/03_vit.ipynb #cd62dc31
+# %% ../nbs/03_vit.ipynb #ecc3bc76
 def resize_position(old, own):
     "Rule: a position embedding (1, N, D), its square grid resampled to the new number of tokens; prefix tokens are kept."
     prefix = old.shape[1] - int(old.shape[1]**0.5)**2
@@ -96,6 +97,12 @@ class Model(Settings):
         return [(r"pos_embed$", {"resize": resize_position, "new": renew}[known(position, ("resize", "new"), "way to treat the position embedding")]),
                 (r"head\.vit\.head", renew)]
 
+def _checkpoint(path):
+    "The state dict in a checkpoint file as timm writes and reads them; an error names a file that is missing or damaged."
+    if not Path(path).is_file(): raise FileNotFoundError(f"teacher checkpoint {path} is missing")
+    try: return load_state_dict(path)
+    except Exception as e: raise ValueError(f"teacher checkpoint {path} is damaged, or no checkpoint ({type(e).__name__})") from None
+
 class ViT(Model):
     "A timm ViT in modules of `depths` blocks; `options` go to timm, `checkpoint` is a local file of the whole timm model."
     name: str = "vit_tiny_patch16_224"
@@ -106,12 +113,12 @@ class ViT(Model):
 
     def vit(self, classes, image_size):
         "The whole timm model, not yet cut; refuses unknown names, missing checkpoints and images that the patches do not tile."
-        known(self.name, timm.list_models(module="vision_transformer"), "timm vision transformer")
-        if self.checkpoint and not Path(self.checkpoint).is_file(): raise FileNotFoundError(f"teacher checkpoint {self.checkpoint} is missing")
+        known(self.name, [n for m in ("vision_transformer", "deit") for n in timm.list_models(module=m)], "timm vision transformer")
+        state = _checkpoint(self.checkpoint) if self.checkpoint else None
         options = {"depth": sum(self.depths), **self.options} if not (self.pretrained or self.checkpoint) else self.options
-        vit = timm.create_model(self.name, pretrained=self.pretrained, checkpoint_path=self.checkpoint or "", num_classes=classes,
-                                img_size=image_size, **options)
+        vit = timm.create_model(self.name, pretrained=self.pretrained, num_classes=classes, img_size=image_size, **options)
         check_patch(image_size, vit.patch_embed.patch_size[0])
+        if state: load(vit, state)
         return vit
 
     def build(self, classes, image_size): return to_chain(self.vit(classes, image_size), self.depths)
