@@ -6,7 +6,7 @@
 __all__ = ['check_depths', 'split', 'join', 'hybrid', 'freeze', 'evaluating', 'flow', 'Stitch', 'stitch', 'unstitched', 'renew',
            'load', 'assemble']
 
-# %% ../nbs/01_chain.ipynb #eda27af7
+# %% ../nbs/01_chain.ipynb #81ba8a8d
 import contextlib, re
 from collections import OrderedDict
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/01_chain.ipynb #bdec2e5a
+# %% ../nbs/01_chain.ipynb #e68d6c9b
 def check_depths(depths, layers):
     "`depths` as a tuple of positive numbers that sum to `layers`; else a ValueError with both numbers."
     depths = tuple(depths)
@@ -34,13 +34,13 @@ def join(chain):
     "The layers of a chain made by `split`, as one flat `nn.Sequential`."
     return nn.Sequential(*(layer for module in chain for layer in module))
 
-# %% ../nbs/01_chain.ipynb #4ef06c31
+# %% ../nbs/01_chain.ipynb #e198c152
 def hybrid(meta, i, module):
     "The chain `meta` with `module` in place of its link `i` (0..L-1); nothing is copied."
     if i not in range(len(meta)): raise IndexError(f"module index {i} is outside 0..{len(meta) - 1}")
     return meta[:i] + nn.Sequential(module) + meta[i + 1:]
 
-# %% ../nbs/01_chain.ipynb #cd6b5235
+# %% ../nbs/01_chain.ipynb #0e39554f
 def freeze(module):
     "Switch off gradients, switch to evaluation mode; returns the names of the parameters that were frozen by this call."
     frozen = [n for n, p in module.named_parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def evaluating(*models):
     finally:
         for m, mode in before: m.training = mode
 
-# %% ../nbs/01_chain.ipynb #e6fcd192
+# %% ../nbs/01_chain.ipynb #5859aecd
 def flow(chain, images):
     "Shapes without batch of what goes into module 0, ..., L-1 and of what comes out at the end: a list of L+1 tuples."
     with evaluating(chain):
@@ -69,7 +69,7 @@ def flow(chain, images):
     if len(shapes[-1]) != 1: raise ValueError(f"the last module returned {shapes[-1]} per image; it must return logits, one number a class")
     return shapes
 
-# %% ../nbs/01_chain.ipynb #5914a0a3
+# %% ../nbs/01_chain.ipynb #b026f461
 def _width(shape): return shape[0] if len(shape) == 3 else shape[-1]
 
 def _grid(shape, what):
@@ -98,7 +98,7 @@ class Stitch(nn.Module):
         if source != target: x = F.interpolate(x, target, mode="bilinear", antialias=True)
         return x if self.to_map else x.flatten(2).mT
 
-# %% ../nbs/01_chain.ipynb #7022804e
+# %% ../nbs/01_chain.ipynb #0a21c28e
 def _fits(a, b): return _width(a) == _width(b) and (len(a) == len(b) == 2 or a == b)
 
 def stitch(student, meta, images, norm=False):
@@ -111,13 +111,23 @@ def stitch(student, meta, images, norm=False):
         if i > 0 and not _fits(outer[i], inner[i]): parts = OrderedDict(before=Stitch(outer[i], inner[i], norm), **parts)
         if i < len(meta) - 1 and not _fits(inner[i + 1], outer[i + 1]): parts["after"] = Stitch(inner[i + 1], outer[i + 1], norm)
         wrapped.append(nn.Sequential(parts))
+        _try(wrapped[-1], i, outer)
     return wrapped
+
+def _try(module, i, shapes):
+    "One image's worth of zeros through a wrapped module; a ValueError says what does not fit."
+    like = next(module.parameters(), torch.zeros(()))
+    try:
+        with evaluating(module): module(torch.zeros(1, *shapes[i], dtype=like.dtype, device=like.device))
+    except RuntimeError as e:
+        raise ValueError(f"student module {i} cannot take what flows into meta module {i}, {shapes[i]} an image: {str(e).splitlines()[0]}; "
+                         "stitch layers change the width, and the number of tokens only between tokens and maps") from None
 
 def unstitched(state):
     "The state of a wrapped module without its stitch layers, under the names of the bare module."
     return {k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")}
 
-# %% ../nbs/01_chain.ipynb #71b49852
+# %% ../nbs/01_chain.ipynb #b2301e44
 def renew(old, own):
     "Rule: keep the freshly initialised value of the model that is loaded into."
     return own

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'end_to_end', 'Learner', 'Trainer', 'train']
 
-# %% ../nbs/07_train.ipynb #9c1c361e
+# %% ../nbs/07_train.ipynb #bd4ef64a
 import math, resource, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
 
-# %% ../nbs/07_train.ipynb #c31da06c
+# %% ../nbs/07_train.ipynb #8194ad81
 class Training(Settings):
     "How long and how a phase trains; changes the result, so it is part of a stage's hash."
     epochs: int = Field(ge=1)
@@ -60,7 +60,7 @@ class Runtime(Settings):
         "The device as text."
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/07_train.ipynb #aafa6fa6
+# %% ../nbs/07_train.ipynb #86744b85
 @dataclass
 class Phase:
     "What trains (by name), the loss of each, and what is fixed (frozen and in evaluation mode)."
@@ -77,7 +77,7 @@ def end_to_end(model, seed, name="model"):
         return {name: {"loss": soft_cross_entropy(logits, y)}}
     return Phase({name: model}, loss)
 
-# %% ../nbs/07_train.ipynb #0e3c9a6e
+# %% ../nbs/07_train.ipynb #3118bf21
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
 
 class Learner:
@@ -122,11 +122,11 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.module.load_state_dict(state["average"])
 
-# %% ../nbs/07_train.ipynb #8e92d02a
+# %% ../nbs/07_train.ipynb #b63a70ab
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.phase, self.batches, self.settings, self.evaluate, self.runtime = phase, batches, settings, evaluate, runtime
         self.folders = folders
         self.accelerator = Accelerator(cpu=runtime.resolved() == "cpu", mixed_precision=settings.precision, log_with=list(runtime.trackers) or None,
@@ -245,11 +245,13 @@ class Trainer:
                                      flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
                                      results=results)
 
-# %% ../nbs/07_train.ipynb #ea23a539
+# %% ../nbs/07_train.ipynb #4638fe9f
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
-    "Train a phase into `folders` {name: path}; returns {name: content of done.json}. `record`: {name: settings to keep}, by default `settings`."
+    """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
+    done before. `record`: {name: settings to keep}, by default `settings`."""
     folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}
     done = {n: d for n, f in folders.items() if (d := f.done())}
+    for n in done: phase.trains[n].load_state_dict(folders[n].weights())
     at = {n: (f.checkpoint() or {"step": 0})["step"] for n, f in folders.items() if n not in done}
     for step in sorted(set(at.values())):
         names = [n for n in at if at[n] == step]
