@@ -4,7 +4,6 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parents[1]
 LINK = re.compile(r'(\]\(|src=")(?!https?:|#)([^)"]+)')      # of an image or a text, to a file of this repository
@@ -21,11 +20,12 @@ def write(notebook=root/"nbs/index.ipynb", target=root/"README.md"):
     "Writes `target`; links become relative to it, pictures among the outputs go to figures/."
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.source = without_directives(cell)
+        if cell.cell_type != "code": continue
+        cell.source = without_directives(cell)
+        cell.outputs = [o for o in cell.outputs if o.output_type != "stream"]      # values and pictures, not what was said on the way
     nb.cells = [cell for cell in nb.cells if cell.source.strip()]
     nb.metadata.setdefault("language_info", {})["name"] = "python"      # the name beside the code fence
-    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)])
-    text, resources = exporter.from_notebook_node(nb, {"output_files_dir": "../figures", "unique_key": "readme"})
+    text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "../figures", "unique_key": "readme"})
     for name, data in resources["outputs"].items(): (target.parent/"nbs"/name).resolve().write_bytes(data)
     text = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
     target.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
