@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ENDINGS', 'SETS', 'LAYOUTS', 'split_name', 'rank_in_class', 'Digits', 'columns', 'Parquet', 'bytes_of',
            'Folder', 'Table', 'folder_of', 'layout', 'open_source', 'decode', 'fit']
 
-# %% ../nbs/02c_sources.ipynb #af53e0a0
+# %% ../nbs/02c_sources.ipynb #e33986e8
 import io, os
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from .core import known
 
-# %% ../nbs/02c_sources.ipynb #5328b1be
+# %% ../nbs/02c_sources.ipynb #1f625230
 HELD_OUT = ("test", "valid", "validation", "val")
 
 def split_name(asked, there, name):
@@ -28,7 +28,7 @@ def split_name(asked, there, name):
     other = [s for s in HELD_OUT if s in there] if asked in HELD_OUT else []
     return asked if asked in there or not other else other[0]
 
-# %% ../nbs/02c_sources.ipynb #cdec3cb9
+# %% ../nbs/02c_sources.ipynb #a3b6f0af
 def rank_in_class(labels):
     "For each row of labels (n,), how many rows of its class come before it."
     rank = np.empty(len(labels), dtype=np.int64)
@@ -40,7 +40,6 @@ class Digits:
     names = tuple(map(str, range(10)))
 
     def __init__(self, split):
-        split = known(split_name(split, ("train", "test"), "digits"), ("train", "test"), "split of digits")
         values, labels = load_digits(return_X_y=True)
         mine = (rank_in_class(labels) % 5 == 4) == (split != "train")
         self.images = np.round(values[mine] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
@@ -50,7 +49,7 @@ class Digits:
     def where(self, row): return f"digits, row {row}"
     def stamp(self): return None
 
-# %% ../nbs/02c_sources.ipynb #85b6d726
+# %% ../nbs/02c_sources.ipynb #d2e8d154
 def columns(features, what):
     "(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists the columns if one is missing."
     kinds = {name: str(getattr(f, "dtype", "")) for name, f in features.items()}
@@ -74,7 +73,7 @@ def _checked(labels, names, what):
         raise ValueError(f"{what}, row {bad[0]}: label {labels[bad[0]]} is none of the {len(names)} classes (a split without labels?)")
     return labels, names
 
-# %% ../nbs/02c_sources.ipynb #4f66b771
+# %% ../nbs/02c_sources.ipynb #03956b78
 class Parquet:
     "A split in local parquet files; `only`: the indices of the files to use. A ValueError names a damaged file."
     def __init__(self, files, only=None):
@@ -117,7 +116,7 @@ def bytes_of(value):
 
 def _stat(path): s = os.stat(path); return [path.name, s.st_size, s.st_mtime_ns]
 
-# %% ../nbs/02c_sources.ipynb #7acff967
+# %% ../nbs/02c_sources.ipynb #e1ba0790
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 class Folder:
@@ -136,7 +135,7 @@ class Folder:
     def where(self, row): return str(self.paths[row])
     def stamp(self): return [[str(p.parent), *_stat(p)] for p in self.paths]
 
-# %% ../nbs/02c_sources.ipynb #bbbbfe6b
+# %% ../nbs/02c_sources.ipynb #a7d6de7a
 class Table:
     "A split as a `datasets.Dataset`."
     def __init__(self, table, what):
@@ -149,7 +148,7 @@ class Table:
     def where(self, row): return f"{self.what}, row {row}"
     def stamp(self): return [self.what, self.table._fingerprint]
 
-# %% ../nbs/02c_sources.ipynb #d7fd3bf2
+# %% ../nbs/02c_sources.ipynb #ffea6b8b
 SETS = {"digits": None, "tiny-imagenet": "zh-plus/tiny-imagenet", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
         "imagenet-1k": "ILSVRC/imagenet-1k"}
 LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), "
@@ -177,12 +176,19 @@ def layout(folder):
     raise ValueError(f"{folder} holds {', '.join(inside[:5])}{LAYOUTS}")
 
 def open_source(name, root=None, split="train", files=None, mapped=False):
-    "The source of a split. `files`: only these parquet files of a local folder; `mapped`: rows will be read at random."
-    if name == "digits" and root is None: return Digits(split)
-    folder = folder_of(name, root)
-    if folder is None: return _from_hub(name, split, files)
-    there = layout(folder)
-    mine = there[known(split_name(split, there, name), there, f"split of {name}")]
+    "The source of a split, which its `split` names as it is there. `files`: only these parquet files; `mapped`: rows will be read at random."
+    folder = None if name == "digits" and root is None else folder_of(name, root)
+    if folder: there, find = layout(folder), lambda there, split: _local(there, split, folder, files, mapped)
+    elif name == "digits": there, find = ("train", "test"), lambda there, split: Digits(split)
+    else: there, find = _hub_splits(name, files), lambda there, split: Table(datasets.load_dataset(SETS.get(name, name), split=split), name)
+    split = known(split_name(split, list(there), name), there, f"split of {name}")
+    source = find(there, split)
+    source.split = split
+    return source
+
+def _local(there, split, folder, files, mapped):
+    "The source of a split in the `layout` of a folder."
+    mine = there[split]
     if isinstance(mine, list): return _mapped(Parquet(mine, files), str(folder)) if mapped else Parquet(mine, files)
     if files is not None: raise ValueError(f"files = {tuple(files)} picks parquet files, but {folder} holds image files")
     return Folder(mine, there.get("train", mine))
@@ -193,21 +199,19 @@ def _mapped(source, what):
     table.ids = source.ids
     return table
 
-def _from_hub(name, split, files):
-    "The source of a split of a hub data set."
+def _hub_splits(name, files):
+    "The splits of a hub data set."
     if "/" not in name: known(name, SETS, "data set")
     if files is not None:
         raise ValueError(f"files = {tuple(files)} picks parquet files of a local folder: set root for {name!r}, or $M2MKD_DATA")
     hub = SETS.get(name, name)
-    try: there = datasets.load_dataset_builder(hub).info.splits or datasets.get_dataset_split_names(hub)
+    try: return list(datasets.load_dataset_builder(hub).info.splits or datasets.get_dataset_split_names(hub))
     except Exception as e:
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         local = f"data set {name!r} is in no local folder (root, $M2MKD_DATA/{name})"
         raise ValueError(f"{local}; the hub did not give {hub!r}: {said}") from None
-    mine = known(split_name(split, list(there), name), there, f"split of {name}")
-    return Table(datasets.load_dataset(hub, split=mine), hub)
 
-# %% ../nbs/02c_sources.ipynb #fef2d576
+# %% ../nbs/02c_sources.ipynb #be3fdb03
 def decode(raw, where, size=None, crop=1.):
     "Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what cannot be decoded."
     try:

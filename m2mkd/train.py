@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'end_to_end', 'Learner', 'Trainer', 'train']
 
-# %% ../nbs/07_train.ipynb #bd4ef64a
-import math, resource, time
+# %% ../nbs/07_train.ipynb #d0fa15af
+import math, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -21,12 +22,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .chain import freeze
+from .chain import freeze, load
 from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
 
-# %% ../nbs/07_train.ipynb #8194ad81
+# %% ../nbs/07_train.ipynb #bec54405
 class Training(Settings):
     "How long and how a phase trains; changes the result, so it is part of a stage's hash."
     epochs: int = Field(ge=1)
@@ -57,10 +58,11 @@ class Runtime(Settings):
     trackers: tuple[str, ...] = ()             # names that accelerate knows: tensorboard, wandb, ...
 
     def resolved(self):
-        "The device as text."
+        "The device as text; a ValueError where it is cuda and torch sees no GPU."
+        if self.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device = 'cuda', but torch sees no GPU; leave it out, or take 'cpu'")
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/07_train.ipynb #86744b85
+# %% ../nbs/07_train.ipynb #10761f82
 @dataclass
 class Phase:
     "What trains (by name), the loss of each, and what is fixed (frozen and in evaluation mode)."
@@ -77,7 +79,7 @@ def end_to_end(model, seed, name="model"):
         return {name: {"loss": soft_cross_entropy(logits, y)}}
     return Phase({name: model}, loss)
 
-# %% ../nbs/07_train.ipynb #3118bf21
+# %% ../nbs/07_train.ipynb #5838c2a8
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
 
 class Learner:
@@ -89,6 +91,7 @@ class Learner:
                                         filter_bias_and_bn=False, **({"fused": True} if settings.optimizer in FUSED else {}))
         self.average = ModelEmaV3(model, decay=settings.average, device=accelerator.device) if settings.average else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)   # the loop opens autocast itself; evaluation stays in float32
         warmup = round(settings.warmup * per_epoch)
         self.schedule = CosineLRScheduler(optimizer, t_initial=steps - warmup, lr_min=settings.min_lr * scale, warmup_t=warmup,
                                           warmup_lr_init=1e-6 * scale, warmup_prefix=True, t_in_epochs=False)
@@ -118,11 +121,11 @@ class Learner:
                     average=self.average.module.state_dict() if self.average else None)
 
     def load_state(self, state):
-        self.bare.load_state_dict(state["model"])
+        load(self.bare, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.module.load_state_dict(state["average"])
 
-# %% ../nbs/07_train.ipynb #b63a70ab
+# %% ../nbs/07_train.ipynb #61d625f7
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
@@ -143,7 +146,7 @@ class Trainer:
         for learner in self.learners:
             if (saved := learner.folder.checkpoint()):
                 learner.load_state(saved)
-                self.step, self.seconds, self.flops = saved["step"], saved["seconds"], saved["flops"]
+                self.step, self.seconds, self.flops = saved["step"], self.seconds + saved["seconds"], self.flops + saved["flops"]
             learner.folder.rewind(self.step if saved else -1)
         self.saved, self.saved_step = time.monotonic(), self.step
 
@@ -193,16 +196,18 @@ class Trainer:
         self.pending = []
 
     def save(self):
-        for x in self.learners: x.folder.save_checkpoint(dict(step=self.step, seconds=self.seconds, flops=self.flops, **x.state()))
+        "A checkpoint of each learner, with its share of the cost so far."
+        share = len(self.learners)
+        for x in self.learners: x.folder.save_checkpoint(dict(step=self.step, seconds=self.seconds / share, flops=self.flops / share, **x.state()))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def cost(self, seconds_a_step):
         "One line: what this phase will cost, from its first steps."
         cuda = self.accelerator.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
         parameters = sum(p.numel() for x in self.learners for p in x.bare.parameters())
         return (f"{', '.join(self.models)}: {self.steps:,} steps of {self.settings.batch_size} images, {parameters:,} parameters, "
-                f"{self.flops * self.steps / 1e12:,.3g} TFLOP, about {seconds_a_step * self.steps / 60:.1f} min, peak memory {memory / 2**30:.1f} GiB")
+                f"{self.flops * self.steps / 1e12:,.3g} TFLOP, about {seconds_a_step * self.steps / 60:.1f} min, memory {memory / 2**30:.1f} GiB")
 
     def fit(self):
         "Run to the end; returns done.json's content by learner name."
@@ -210,17 +215,21 @@ class Trainer:
         if self.step == 0: self.log_start()
         with progress(total=self.steps, initial=self.step, what=", ".join(self.models)) as bar:
             for epoch in range(self.step // per, self.settings.epochs):
+                start = time.perf_counter()
                 for x, y in self.batches.epoch(epoch, self.step % per):
-                    start = time.perf_counter()
                     self.update(x, y)
-                    self.seconds += (took := time.perf_counter() - start)
+                    if self.step < 6 and self.accelerator.device.type == "cuda": torch.cuda.synchronize()
+                    took, start = time.perf_counter() - start, time.perf_counter()
+                    self.seconds += took
                     bar.update()
                     early = [*early, took][:5]
                     if len(early) == 5 and (self.step == 5 < self.steps): bar.write(self.cost(sum(early[1:]) / 4))
                     if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
                 for x in self.learners: self.read(x.name)                    # a loss that is not finite stops here, before the evaluation
+                self.seconds += time.perf_counter() - start                  # what the device still had to do
                 last = self.evaluated(epoch + 1)
                 self.record(last)
+        self.save()
         last = last or self.evaluated(self.settings.epochs)
         if self.runtime.trackers: self.accelerator.end_training()
         return {x.name: self.finish(x, last.get(x.name, {})) for x in self.learners}
@@ -245,16 +254,17 @@ class Trainer:
                                      flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
                                      results=results)
 
-# %% ../nbs/07_train.ipynb #4638fe9f
+# %% ../nbs/07_train.ipynb #8db3c082
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
     done before. `record`: {name: settings to keep}, by default `settings`."""
     folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}
     done = {n: d for n, f in folders.items() if (d := f.done())}
-    for n in done: phase.trains[n].load_state_dict(folders[n].weights())
+    for n in done: load(phase.trains[n], folders[n].weights())
     at = {n: (f.checkpoint() or {"step": 0})["step"] for n, f in folders.items() if n not in done}
     for step in sorted(set(at.values())):
         names = [n for n in at if at[n] == step]
         group = Phase({n: phase.trains[n] for n in names}, phase.loss, phase.fixed)
-        done |= Trainer(group, batches, settings, {n: folders[n] for n in names}, evaluate, runtime).fit()
+        try: done |= Trainer(group, batches, settings, {n: folders[n] for n in names}, evaluate, runtime).fit()
+        finally: AcceleratorState._reset_state(reset_partial_state=True)      # leave the caller's own Accelerator free to choose
     return {n: done[n] for n in folders}

@@ -128,7 +128,7 @@ def test_image_folder(image_folder):
     assert train.classes == ("crow", "owl") and len(train) == 10 and len(test) == 4 and train.images.shape[2:] == (16, 16)
     assert len(load("birds", image_folder/"train", image_size=8)) == 10                       # CLASS/IMAGE
     both = train + test
-    assert len(both) == 14 and both.split == "train+test" and torch.equal(both.ids, torch.cat([train.ids, test.ids]))
+    assert len(both) == 14 and both.split == "train+val" and torch.equal(both.ids, torch.cat([train.ids, test.ids]))
     fails(lambda: train + load("birds", image_folder, image_size=8), "16 px", "8 px")
 
 def test_eval_crop():
