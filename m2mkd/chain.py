@@ -6,7 +6,7 @@
 __all__ = ['check_depths', 'split', 'join', 'hybrid', 'freeze', 'evaluating', 'flow', 'Stitch', 'stitch', 'unstitched', 'renew',
            'load', 'assemble']
 
-# %% ../nbs/01_chain.ipynb #81ba8a8d
+# %% ../nbs/01_chain.ipynb #9695127d
 import contextlib, re
 from collections import OrderedDict
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/01_chain.ipynb #e68d6c9b
+# %% ../nbs/01_chain.ipynb #b1680ff1
 def check_depths(depths, layers):
     "`depths` as a tuple of positive numbers that sum to `layers`; else a ValueError with both numbers."
     depths = tuple(depths)
@@ -34,13 +34,13 @@ def join(chain):
     "The layers of a chain made by `split`, as one flat `nn.Sequential`."
     return nn.Sequential(*(layer for module in chain for layer in module))
 
-# %% ../nbs/01_chain.ipynb #e198c152
+# %% ../nbs/01_chain.ipynb #fac590df
 def hybrid(meta, i, module):
     "The chain `meta` with `module` in place of its link `i` (0..L-1); nothing is copied."
     if i not in range(len(meta)): raise IndexError(f"module index {i} is outside 0..{len(meta) - 1}")
     return meta[:i] + nn.Sequential(module) + meta[i + 1:]
 
-# %% ../nbs/01_chain.ipynb #0e39554f
+# %% ../nbs/01_chain.ipynb #cadbf785
 def freeze(module):
     "Switch off gradients, switch to evaluation mode; returns the names of the parameters that were frozen by this call."
     frozen = [n for n, p in module.named_parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def evaluating(*models):
     finally:
         for m, mode in before: m.training = mode
 
-# %% ../nbs/01_chain.ipynb #5859aecd
+# %% ../nbs/01_chain.ipynb #2d747222
 def flow(chain, images):
     "Shapes without batch of what goes into module 0, ..., L-1 and of what comes out at the end: a list of L+1 tuples."
     with evaluating(chain):
@@ -69,7 +69,7 @@ def flow(chain, images):
     if len(shapes[-1]) != 1: raise ValueError(f"the last module returned {shapes[-1]} per image; it must return logits, one number a class")
     return shapes
 
-# %% ../nbs/01_chain.ipynb #b026f461
+# %% ../nbs/01_chain.ipynb #8eec4c96
 def _width(shape): return shape[0] if len(shape) == 3 else shape[-1]
 
 def _grid(shape, what):
@@ -83,7 +83,8 @@ class Stitch(nn.Module):
     "Carries tokens (B, N, D) or maps (B, D, H, W) of shape `source` (without B) to shape `target`: optional LayerNorm, Linear, grid."
     def __init__(self, source, target, norm=False):
         super().__init__()
-        if {len(source), len(target)} - {2, 3}: raise ValueError(f"cannot stitch {source} to {target}: tokens (N, D) or maps (D, H, W) flow in a chain")
+        if {len(source), len(target)} - {2, 3}:
+            raise ValueError(f"cannot stitch {source} to {target}: tokens (N, D) or maps (D, H, W) flow in a chain")
         self.norm = nn.LayerNorm(_width(source)) if norm else nn.Identity()
         self.linear = nn.Linear(_width(source), _width(target))
         grids = None if len(source) == len(target) == 2 else (_grid(source, "source"), _grid(target, "target"))
@@ -98,11 +99,12 @@ class Stitch(nn.Module):
         if source != target: x = F.interpolate(x, target, mode="bilinear", antialias=True)
         return x if self.to_map else x.flatten(2).mT
 
-# %% ../nbs/01_chain.ipynb #0a21c28e
+# %% ../nbs/01_chain.ipynb #4f12719c
 def _fits(a, b): return _width(a) == _width(b) and (len(a) == len(b) == 2 or a == b)
 
 def stitch(student, meta, images, norm=False):
-    "The modules of `student`, each wrapped as (before, module, after) to fit `meta`; stitch layers only where shapes differ. `images`: one batch to read the shapes off."
+    """The modules of `student`, each wrapped as (before, module, after) to fit `meta`; stitch layers only where shapes differ.
+    `images`: a batch to read the shapes off."""
     if len(student) != len(meta): raise ValueError(f"the student has {len(student)} modules, the meta model {len(meta)}: they are trained in pairs")
     (inner, outer), wrapped = (flow(student, images[:1]), flow(meta, images[:1])), []
     if inner[-1] != outer[-1]: raise ValueError(f"the student has {inner[-1][0]} classes, the meta model {outer[-1][0]}")
@@ -127,7 +129,7 @@ def unstitched(state):
     "The state of a wrapped module without its stitch layers, under the names of the bare module."
     return {k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")}
 
-# %% ../nbs/01_chain.ipynb #b2301e44
+# %% ../nbs/01_chain.ipynb #5efc588b
 def renew(old, own):
     "Rule: keep the freshly initialised value of the model that is loaded into."
     return own

@@ -6,7 +6,7 @@
 __all__ = ['known', 'Settings', 'to_plain', 'from_plain', 'hash_of', 'seed_of', 'generator', 'seeded', 'whole', 'write_json',
            'read_json', 'sha256', 'flop_counter', 'parameters', 'progress']
 
-# %% ../nbs/00_core.ipynb #ac7e0605
+# %% ../nbs/00_core.ipynb #5cbd519d
 import ast, contextlib, difflib, functools, hashlib, importlib, io, json, os, random, sys, textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #a9b2fc71
+# %% ../nbs/00_core.ipynb #fe53cd12
 def known(name, names, what):
     "`name`, if it is one of `names`; else a ValueError that says `what` was looked up and gives the nearest names."
     names = [str(n) for n in names]
@@ -26,7 +26,7 @@ def known(name, names, what):
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:12]
     raise ValueError(f"unknown {what} {name!r}; " + ("nearest: " if len(near) < len(names) else "there are: ") + ", ".join(near))
 
-# %% ../nbs/00_core.ipynb #2ed4da3f
+# %% ../nbs/00_core.ipynb #b452825e
 class Settings(BaseModel):
     "Base of all settings: immutable, strict about names, one-line errors."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,7 +43,7 @@ class Settings(BaseModel):
         "The same settings with `changes`, checked again."
         return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **changes})
 
-# %% ../nbs/00_core.ipynb #a42e0e92
+# %% ../nbs/00_core.ipynb #3eea9457
 def to_plain(x):
     "Settings (nested in lists, tuples, dicts) as JSON-ready data; a Settings object becomes a dict with its class under `class`."
     if isinstance(x, Settings):
@@ -70,7 +70,7 @@ def hash_of(*things):
     "Twelve hexadecimal digits that depend on the content of `things` (settings or plain data) and on nothing else."
     return hashlib.sha256(json.dumps(to_plain(list(things)), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/00_core.ipynb #27093c27
+# %% ../nbs/00_core.ipynb #89f78083
 def seed_of(seed, what, step=0):
     "A 63-bit integer, a pure function of (seed, what, step)."
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{step}".encode()).digest()[:8], "big") >> 1
@@ -90,7 +90,7 @@ def seeded(seed, what, step=0):
         random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
         if cuda: torch.cuda.set_rng_state(before[3])
 
-# %% ../nbs/00_core.ipynb #e4e62b88
+# %% ../nbs/00_core.ipynb #8dccae15
 @contextlib.contextmanager
 def whole(path):
     "Yields a path beside `path` to write to; it takes `path`'s name if the block ends well and is removed if not."
@@ -116,7 +116,7 @@ def sha256(path):
     "Hexadecimal SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #c26c2896
+# %% ../nbs/00_core.ipynb #ea81d706
 def _grouped_flops(a, b, *args, out_shape=None, **kwargs):
     "FLOPs of grouped_mm: only where both factors are 3-dimensional does each group have the whole m x k and k x n."
     return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
@@ -125,7 +125,7 @@ def flop_counter():
     "A context that counts the FLOPs of what runs in it, forward and backward: `get_total_flops()`."
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
 
-# %% ../nbs/00_core.ipynb #94ec681e
+# %% ../nbs/00_core.ipynb #a0856550
 def _assigned(source):
     "Name -> value of the literal assignments in a cell; what is no literal, or no Python, is passed over."
     found = {}
@@ -166,7 +166,7 @@ def parameters(history=None):
             declared, values = found, dict(found)
     return SimpleNamespace(**values)
 
-# %% ../nbs/00_core.ipynb #6bba5242
+# %% ../nbs/00_core.ipynb #dd969711
 _LIVE = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"     # set for a kernel that a person looks at
 
 _terminal = functools.cache(lambda fd: open(os.dup(fd), "w"))
@@ -193,7 +193,7 @@ class _Lines(tqdm):
         if self.said and not self.disable: print(self, flush=True)
         super().close()
 
-# %% ../nbs/00_core.ipynb #6df1cd6e
+# %% ../nbs/00_core.ipynb #06805718
 def progress(it=None, what="", **kwargs):
     "A tqdm bar over `it` (or with `total=`, by `update`): on the terminal, in JupyterLab, or as lines now and then."
     (file, line), what = _screen(), textwrap.shorten(what, 40, placeholder=" ...")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageSet', 'FileSet', 'timm_transform', 'decoded', 'Data', 'load', 'Batches', 'whole_split', 'Augment']
 
-# %% ../nbs/02_data.ipynb #8a875e8c
+# %% ../nbs/02_data.ipynb #8e4b6431
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ from .augment import Augment, augmented, mixed, normalise
 from .core import Settings, generator, hash_of, known, progress, seeded, whole
 from .sources import decode, open_source, rank_in_class
 
-# %% ../nbs/02_data.ipynb #06c9a8db
+# %% ../nbs/02_data.ipynb #29dc9392
 _all_ = ["Augment"]   # importable from here, too
 
-# %% ../nbs/02_data.ipynb #50ed0e86
+# %% ../nbs/02_data.ipynb #3d640c92
 @dataclass(frozen=True)
 class ImageSet:
     "Images (n, 3, H, W) uint8, labels (n,) int64 in 0..C-1, class names, ids (n,): row numbers in the split, and the split's name."
@@ -56,7 +56,7 @@ class ImageSet:
             x = self.images[rows.to(self.images.device)]
             yield normalise(x.float(), 255) if augment is None else augmented(x, augment, seed, step, positions, n)
 
-# %% ../nbs/02_data.ipynb #ea063d85
+# %% ../nbs/02_data.ipynb #d28203eb
 class FileSet:
     "A set like `ImageSet` whose images stay in their files; `workers`: processes of the DataLoader."
     def __init__(self, source, rows, labels, classes, split, image_size, eval_crop, workers=None):
@@ -94,7 +94,7 @@ def timm_transform(augment, size, eval_crop=1.):
     return create_transform(size, is_training=True, **crop, hflip=augment.flip, color_jitter=None, auto_augment=augment.randaugment,
         re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
 
-# %% ../nbs/02_data.ipynb #08b2475d
+# %% ../nbs/02_data.ipynb #019f54a8
 def decoded(source, rows, name, size, crop):
     "Images (n, 3, H, W) uint8 of the rows of a source, from the cache if they are there; a ValueError names a damaged image."
     stamp = source.stamp()
@@ -122,7 +122,7 @@ def _decode_all(source, rows, size, crop):
             bar.update(len(some))
     return torch.from_numpy(out)
 
-# %% ../nbs/02_data.ipynb #0234100c
+# %% ../nbs/02_data.ipynb #804934cc
 class Data(Settings):
     "Which images of which data set, and at what size. `load()` gives the set."
     name: str                                              # a key of sources.SETS or a hub id
@@ -181,12 +181,12 @@ class Data(Settings):
         if not len(rows): raise ValueError(f"no image of the chosen classes in split {self.split!r} of {self.name}")
         return rows, torch.from_numpy(labels[rows]), names
 
-# %% ../nbs/02_data.ipynb #73d33963
+# %% ../nbs/02_data.ipynb #29689c0a
 def load(name, root=None, **others):
     "The images of data set `name`: shorthand for `Data(name=name, root=root, **others).load()`."
     return Data(name=name, root=root, **others).load()
 
-# %% ../nbs/02_data.ipynb #3efd193d
+# %% ../nbs/02_data.ipynb #032d1311
 class Batches:
     "Training batches of a set: `at(epoch, b)` is a pure function of (seed, epoch, b). `part` = (rank, ranks): that share of each batch."
     def __init__(self, images, batch_size, augment=Augment(), seed=0, device="cpu", part=(0, 1)):
@@ -225,7 +225,7 @@ class Batches:
             labels = self.images.labels[rows].to(self.device)
             yield mixed(x.to(self.device), labels, len(self.classes), self.augment, self.seed, step)
 
-# %% ../nbs/02_data.ipynb #fbb585d6
+# %% ../nbs/02_data.ipynb #1f087bdc
 def whole_split(images, batch_size, device="cpu"):
     "Iterates (x normalised (B, 3, H, W), labels (B,)) over a set in its order, not augmented; the last batch may be smaller."
     images = images.to(device)

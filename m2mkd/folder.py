@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['code', 'environment', 'Folder']
 
-# %% ../nbs/00a_folder.ipynb #89780825
+# %% ../nbs/00a_folder.ipynb #5d3846d9
 import functools, importlib.metadata, importlib.util, json, platform, subprocess
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .core import read_json, sha256, to_plain, whole, write_json
 
-# %% ../nbs/00a_folder.ipynb #a9887d8f
+# %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
     here = Path(importlib.util.find_spec("m2mkd").origin).parent
     said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
@@ -34,7 +34,7 @@ def environment(device="cpu"):
     return dict(commit=code(), versions=dict(python=platform.python_version(), **versions),
                 device=name, threads=torch.get_num_threads())
 
-# %% ../nbs/00a_folder.ipynb #b12b4998
+# %% ../nbs/00a_folder.ipynb #030d0911
 def _first_difference(a, b, where=""):
     "The first place where two plain data differ, as (path, value in a, value in b); None where they are equal."
     if isinstance(a, dict) and isinstance(b, dict):
@@ -74,7 +74,8 @@ class Folder:
         others = "done.json", "checkpoint.pt"
         sums = {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.name not in others and f.suffix != ".partial"}
         name, _, digest = self.path.name.rpartition("-")
-        write_json(self/"done.json", dict(name=name, hash=digest, seed=read_json(self/"settings.json").get("seed"), **facts, **environment(device), sums=sums))
+        seed = read_json(self/"settings.json").get("seed")
+        write_json(self/"done.json", dict(name=name, hash=digest, seed=seed, **facts, **environment(device), sums=sums))
         (self/"checkpoint.pt").unlink(missing_ok=True)
         return self.done()
 

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'check_apart', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of',
            'runs_folder', 'figures_folder', 'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #8db9eb9c
+# %% ../nbs/11_pipeline.ipynb #1f16115b
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .chain import assemble, freeze, hybrid, load as load_strictly, stitch, unstitched
-from .core import Settings, from_plain, hash_of, read_json, seeded, to_plain, write_json
+from .core import Settings, from_plain, hash_of, read_json, seeded, sha256, to_plain, write_json
 from .data import Batches, Data, ImageSet, whole_split
 from .distill import Distillation, match_host, match_modules, match_nothing, paired
 from .evaluate import agreement, evaluate, evaluate_all
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #28bb022f
+# %% ../nbs/11_pipeline.ipynb #c29e5ad6
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -34,8 +34,10 @@ class Task(Settings):
         "(training set, test set); a ValueError if their classes differ or an image is in both."
         train, tests = self.train.load(), [d.load() for d in self.test]
         for t in tests:
-            if t.classes != train.classes: raise ValueError(f"the test set {t.split} has other classes than the training set: {t.classes[:3]}... and {train.classes[:3]}...")
-        if len(tests) > 1 and not all(isinstance(t, ImageSet) for t in tests): raise ValueError(f"{len(tests)} test sets are put together in memory only; give one, or in_memory=True")
+            if t.classes == train.classes: continue
+            raise ValueError(f"the test set {t.split} has other classes than the training set: {t.classes[:3]}... and {train.classes[:3]}...")
+        if len(tests) > 1 and not all(isinstance(t, ImageSet) for t in tests):
+            raise ValueError(f"{len(tests)} test sets are put together in memory only; give one, or in_memory=True")
         check_apart(train, [t for t, d in zip(tests, self.test) if d.name == self.train.name])
         return train, sum(tests[1:], tests[0])
 
@@ -43,9 +45,10 @@ def check_apart(train, tests):
     "ValueError if an image of the set `train` is in one of the sets `tests` (all of one data set)."
     for t in tests:
         if t.split == train.split and (both := set(t.ids.tolist()) & set(train.ids.tolist())):
-            raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; choose disjoint `per_class` ranges")
+            raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; "
+                             "choose disjoint `per_class` ranges")
 
-# %% ../nbs/11_pipeline.ipynb #d184a49e
+# %% ../nbs/11_pipeline.ipynb #77578210
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -58,7 +61,7 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #db576b66
+# %% ../nbs/11_pipeline.ipynb #5c80e44b
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -111,7 +114,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #a7d612fc
+# %% ../nbs/11_pipeline.ipynb #d15d43a7
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -121,7 +124,13 @@ def digest(images):
     "SHA-256 over what a set holds: classes, rows, labels, and its pixels, or names, sizes and times of the files that they stay in."
     tensors = [images.ids, images.labels] + ([images.images] if isinstance(images, ImageSet) else [])
     sums = [hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in tensors]
-    return hash_of(list(images.classes), images.image_size, sums)
+    return hash_of(list(images.classes), images.image_size, sums, [] if isinstance(images, ImageSet) else images.source.stamp())
+
+def _files(plain):
+    "SHA-256 of the local checkpoints that a model's plain settings name."
+    if not isinstance(plain, dict): return []
+    own = [sha256(plain["checkpoint"])] if plain.get("checkpoint") and Path(plain["checkpoint"]).is_file() else []
+    return own + [s for v in plain.values() for s in _files(v)]
 
 def _state(stage, model):
     "The stage's state as `model` has it: stitch layers come off where the model has none."
@@ -133,14 +142,15 @@ def start_from(chain, model, modules, record, position):
     same = all(record[k] == modules[0].settings[k] for k in ("classes", "image_size"))
     rules, states, numbers = () if same else model.rules(position), [_state(s, model) for s in modules], [s.settings["module"] for s in modules]
     if numbers == [None]: return load_strictly(chain, states[0], rules)
-    if numbers != list(range(len(numbers))): raise ValueError(f"the stages are the modules {numbers} of a model; they are assembled in order, 0 to {len(numbers) - 1}")
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"the stages are the modules {numbers} of a model; they are assembled in order, 0 to {len(numbers) - 1}")
     return assemble(chain, states, rules)
 
 def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #6952c652
+# %% ../nbs/11_pipeline.ipynb #e9e69453
 def _home():
     "The checkout that this package lies in, or else the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
@@ -154,7 +164,7 @@ def figures_folder():
     "Where figures go: `figures` in $M2MKD_RUNS, or in the checkout or the working directory."
     return Path(os.environ.get("M2MKD_RUNS") or _home())/"figures"
 
-# %% ../nbs/11_pipeline.ipynb #4cdede98
+# %% ../nbs/11_pipeline.ipynb #108c52d6
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 
@@ -168,7 +178,7 @@ class Lab:
         "(training set, test set) of a task on the device, loaded once."
         if task not in self.sets:
             train, test = task.load()
-            self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), digest(train)
+            self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), hash_of(digest(train), digest(test))
         return self.sets[task][:2]
 
     def test(self, task): return whole_split(self.images(task)[1], 256, self.runtime.resolved())
@@ -176,7 +186,8 @@ class Lab:
     def _settings(self, name, model, task, training, seed, inputs, module=None, **more):
         "What a stage's folder records and its hash covers."
         images = self.images(task)[0]
-        return dict(name=name, model=to_plain(model), module=module, classes=list(images.classes), image_size=images.image_size, task=to_plain(task), images=self.sets[task][2],
+        return dict(name=name, model=to_plain(model), module=module, classes=list(images.classes), image_size=images.image_size,
+                    task=to_plain(task), images=self.sets[task][2], files=_files(to_plain(model)),
                     training=to_plain(training), seed=seed, inputs=[s.hash for s in inputs], **{k: to_plain(v) for k, v in more.items()})
 
     def _stages(self, records, inputs, training, task, make):
@@ -207,7 +218,9 @@ class Lab:
             if treated: print(f"{name}: new or resized: {', '.join(treated)}")
             return end_to_end(chain, seed, name), lambda _, m: self._tested(m, task, self.root/f"{name}-{hash_of(record)}")
         stage = self._stages({name: record}, modules, training, task, make)[0]
-        if modules: print(f"{name}: top-1 {stage.metrics[0]['top1']:.1%} right after assembly, {stage.done['results']['top1']:.1%} after {training.epochs} epochs")
+        if modules:
+            first, last = stage.metrics[0]["top1"], stage.done["results"]["top1"]
+            print(f"{name}: top-1 {first:.1%} right after assembly, {last:.1%} after {training.epochs} epochs")
         return stage
 
     def _tested(self, model, task, folder):
@@ -224,7 +237,8 @@ class Lab:
         def make():
             chain, host_chain = self._built(model, task, seed), frozen(host.model(), self.runtime.resolved())
             if len(chain) != len(host_chain): raise ValueError(f"{name}: {len(chain)} modules for a host of {len(host_chain)}")
-            if (bad := [i for i in wanted if i not in range(len(chain))]): raise IndexError(f"{name}: module index {bad[0]} is outside 0..{len(chain) - 1}")
+            if (bad := [i for i in wanted if i not in range(len(chain))]):
+                raise IndexError(f"{name}: module index {bad[0]} is outside 0..{len(chain) - 1}")
             phase = paired(host_chain, {i: chain[i] for i in wanted}, distillation, seed, match(host_chain), name=name)
             index = {f"{name}-{i}": i for i in wanted}
             return phase, lambda n, m: evaluate(hybrid(host_chain, index[n], m), self.test(task)).summary()
@@ -241,7 +255,8 @@ class Lab:
         return self._pairs(name, teacher, meta, task, training, seed, [teacher], lambda host: match_host, Distillation(alpha=1), only)
 
     def distill(self, name, student, meta, teacher, task, training, distillation=Distillation(), seed=None, norm=False, only=None):
-        "Each module of `student`, stitched, inside the Stage `meta`, to match the teacher's module there; prints `health` before and after; a list of Stages."
+        """Each module of `student`, stitched, inside the Stage `meta`, to match the teacher's module in the same place; a list of Stages.
+        Prints `health` before (of the teacher) and after."""
         self.health(meta, teacher, task)
         def match(host): return match_modules(host, dict(enumerate(frozen(teacher.model(), self.runtime.resolved()))))
         model = Stitched(student=student, meta=meta.spec, norm=norm)
@@ -263,20 +278,21 @@ class Lab:
 
     def health(self, meta, teacher, task, students=(), floor=None):
         """Table of top-1 accuracies, a row a module: meta model, teacher hybrid, student hybrid, and the KL (nats) between the last two.
-        `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (the lab's, if none is given) times the meta model."""
+        `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (by default the lab's) times the meta model."""
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
         self.images(task)
-        record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task))
+        record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task), images=self.sets[task][2])
         folder = Folder(self.root/f"hybrids-{hash_of(record)}").check(record)
         if not folder.done():
             start, rows = time.perf_counter(), self._hybrid_rows(meta, teacher, task, students)
-            folder.start(record).finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start, results={"hybrids": rows})
+            folder.start(record).finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start,
+                                        results={"hybrids": rows})
         floor, table = self.floor if floor is None else floor, pd.DataFrame(folder.done()["results"]["hybrids"]).set_index("module")
         print(table.round(3).to_string())
         if (bad := table[table.teacher < floor * table.meta]).size:
             i, row = bad.index[0], bad.iloc[0]
-            raise HybridError(f"teacher module {i} does not fit the meta model: its hybrid reaches {row.teacher:.1%}, less than {floor:g} of the meta model's "
-                              f"{row.meta:.1%}; incubate the teacher inside this meta model, or fit the meta model to the teacher (Lab.fit)")
+            raise HybridError(f"teacher module {i} does not fit the meta model: its hybrid reaches {row.teacher:.1%}, less than {floor:g} of the "
+                              f"meta model's {row.meta:.1%}; incubate the teacher inside this meta model, or fit the meta model to the teacher (Lab.fit)")
         return table
 
     def _hybrid_rows(self, meta, teacher, task, students):
@@ -284,7 +300,8 @@ class Lab:
         models = {"meta": host}
         for kind, stages in (("teacher", teacher), ("student", students)):
             modules = modules_of(stages)
-            if stages and len(modules) != len(host): raise ValueError(f"the {kind} has {len(modules)} modules, the meta model {len(host)}: they are compared in pairs")
+            if stages and len(modules) != len(host):
+                raise ValueError(f"the {kind} has {len(modules)} modules, the meta model {len(host)}: they are compared in pairs")
             models |= {(kind, i): hybrid(host, i, m.to(device)) for i, m in enumerate(modules)}
         found = evaluate_all(models, self.test(task))
         def row(i):

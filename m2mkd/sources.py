@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ENDINGS', 'SETS', 'LAYOUTS', 'split_name', 'rank_in_class', 'Digits', 'columns', 'Parquet', 'bytes_of',
            'Folder', 'Table', 'folder_of', 'layout', 'open_source', 'decode', 'fit']
 
-# %% ../nbs/02c_sources.ipynb #e33986e8
+# %% ../nbs/02c_sources.ipynb #883cffe9
 import io, os
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from .core import known
 
-# %% ../nbs/02c_sources.ipynb #1f625230
+# %% ../nbs/02c_sources.ipynb #4df4c82f
 HELD_OUT = ("test", "valid", "validation", "val")
 
 def split_name(asked, there, name):
@@ -28,7 +28,7 @@ def split_name(asked, there, name):
     other = [s for s in HELD_OUT if s in there] if asked in HELD_OUT else []
     return asked if asked in there or not other else other[0]
 
-# %% ../nbs/02c_sources.ipynb #a3b6f0af
+# %% ../nbs/02c_sources.ipynb #d0f44770
 def rank_in_class(labels):
     "For each row of labels (n,), how many rows of its class come before it."
     rank = np.empty(len(labels), dtype=np.int64)
@@ -49,7 +49,7 @@ class Digits:
     def where(self, row): return f"digits, row {row}"
     def stamp(self): return None
 
-# %% ../nbs/02c_sources.ipynb #d2e8d154
+# %% ../nbs/02c_sources.ipynb #4249b092
 def columns(features, what):
     "(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists the columns if one is missing."
     kinds = {name: str(getattr(f, "dtype", "")) for name, f in features.items()}
@@ -73,7 +73,7 @@ def _checked(labels, names, what):
         raise ValueError(f"{what}, row {bad[0]}: label {labels[bad[0]]} is none of the {len(names)} classes (a split without labels?)")
     return labels, names
 
-# %% ../nbs/02c_sources.ipynb #03956b78
+# %% ../nbs/02c_sources.ipynb #a426d997
 class Parquet:
     "A split in local parquet files; `only`: the indices of the files to use. A ValueError names a damaged file."
     def __init__(self, files, only=None):
@@ -116,7 +116,7 @@ def bytes_of(value):
 
 def _stat(path): s = os.stat(path); return [path.name, s.st_size, s.st_mtime_ns]
 
-# %% ../nbs/02c_sources.ipynb #e1ba0790
+# %% ../nbs/02c_sources.ipynb #67082298
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 class Folder:
@@ -135,7 +135,7 @@ class Folder:
     def where(self, row): return str(self.paths[row])
     def stamp(self): return [[str(p.parent), *_stat(p)] for p in self.paths]
 
-# %% ../nbs/02c_sources.ipynb #a7d6de7a
+# %% ../nbs/02c_sources.ipynb #5906db26
 class Table:
     "A split as a `datasets.Dataset`."
     def __init__(self, table, what):
@@ -148,7 +148,7 @@ class Table:
     def where(self, row): return f"{self.what}, row {row}"
     def stamp(self): return [self.what, self.table._fingerprint]
 
-# %% ../nbs/02c_sources.ipynb #ffea6b8b
+# %% ../nbs/02c_sources.ipynb #56d98bd0
 SETS = {"digits": None, "tiny-imagenet": "zh-plus/tiny-imagenet", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
         "imagenet-1k": "ILSVRC/imagenet-1k"}
 LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), "
@@ -211,7 +211,7 @@ def _hub_splits(name, files):
         local = f"data set {name!r} is in no local folder (root, $M2MKD_DATA/{name})"
         raise ValueError(f"{local}; the hub did not give {hub!r}: {said}") from None
 
-# %% ../nbs/02c_sources.ipynb #be3fdb03
+# %% ../nbs/02c_sources.ipynb #877ab2d2
 def decode(raw, where, size=None, crop=1.):
     "Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what cannot be decoded."
     try:

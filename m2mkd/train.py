@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'end_to_end', 'Learner', 'Trainer', 'train']
 
-# %% ../nbs/07_train.ipynb #d0fa15af
+# %% ../nbs/07_train.ipynb #2bef0dd6
 import math, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
 
-# %% ../nbs/07_train.ipynb #bec54405
+# %% ../nbs/07_train.ipynb #b3e95c13
 class Training(Settings):
     "How long and how a phase trains; changes the result, so it is part of a stage's hash."
     epochs: int = Field(ge=1)
@@ -59,10 +59,11 @@ class Runtime(Settings):
 
     def resolved(self):
         "The device as text; a ValueError where it is cuda and torch sees no GPU."
-        if self.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device = 'cuda', but torch sees no GPU; leave it out, or take 'cpu'")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = 'cuda', but torch sees no GPU; leave it out, or take 'cpu'")
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/07_train.ipynb #10761f82
+# %% ../nbs/07_train.ipynb #553a6f10
 @dataclass
 class Phase:
     "What trains (by name), the loss of each, and what is fixed (frozen and in evaluation mode)."
@@ -79,7 +80,7 @@ def end_to_end(model, seed, name="model"):
         return {name: {"loss": soft_cross_entropy(logits, y)}}
     return Phase({name: model}, loss)
 
-# %% ../nbs/07_train.ipynb #5838c2a8
+# %% ../nbs/07_train.ipynb #6800b783
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
 
 class Learner:
@@ -125,7 +126,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.module.load_state_dict(state["average"])
 
-# %% ../nbs/07_train.ipynb #61d625f7
+# %% ../nbs/07_train.ipynb #b27f3542
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
@@ -190,7 +191,8 @@ class Trainer:
         "Check and record the pending steps, with the results of an evaluation if there was one."
         means = {x.name: self.read(x.name) for x in self.learners}
         for x in self.learners:
-            line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(self.seconds, 2), **results.get(x.name, {}))
+            line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(self.seconds, 2))
+            line |= results.get(x.name, {})
             x.folder.log(**line)
             if self.runtime.trackers: self.accelerator.log({f"{x.name}/{k}": v for k, v in line.items()}, self.step)
         self.pending = []
@@ -254,7 +256,7 @@ class Trainer:
                                      flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
                                      results=results)
 
-# %% ../nbs/07_train.ipynb #8db3c082
+# %% ../nbs/07_train.ipynb #48699b71
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
     done before. `record`: {name: settings to keep}, by default `settings`."""

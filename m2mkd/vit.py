@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'CHECKPOINT_RULES', 'Embed', 'Head', 'to_chain', 'from_chain', 'meta_chain', 'resize_position', 'Model',
            'fitting', 'ViT', 'Meta', 'check_patch']
 
-# %% ../nbs/03_vit.ipynb #bc667f94
+# %% ../nbs/03_vit.ipynb #849a319e
 import copy, re
 from collections import OrderedDict
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from .chain import check_depths, load, renew, split
 from .core import Settings, known
 
-# %% ../nbs/03_vit.ipynb #b03f488c
+# %% ../nbs/03_vit.ipynb #ce6fbe8d
 BEFORE = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 def _trimmed(vit, keep):
@@ -49,7 +49,7 @@ class Head(nn.Module):
 
     def forward(self, x): return self.vit.forward_head(self.vit.norm(x))
 
-# %% ../nbs/03_vit.ipynb #1ad97d0f
+# %% ../nbs/03_vit.ipynb #e2c607a5
 def to_chain(vit, depths):
     "A timm VisionTransformer as a chain of `len(depths)` modules, module i with `depths[i]` blocks; parameters are shared with `vit`."
     if not isinstance(vit, VisionTransformer): raise TypeError(f"to_chain takes a timm VisionTransformer, got {type(vit).__name__}")
@@ -66,7 +66,7 @@ def from_chain(chain):
     vit.blocks = nn.Sequential(*(block for module in chain for block in module.blocks))
     return vit
 
-# %% ../nbs/03_vit.ipynb #ec6d5892
+# %% ../nbs/03_vit.ipynb #4f4f4aea
 def meta_chain(like, modules):
     "A newly initialised chain of `modules` single-block modules of the kind and width of the timm ViT `like`."
     if not 1 <= modules <= len(like.blocks):
@@ -79,7 +79,7 @@ def meta_chain(like, modules):
     vit.init_weights()
     return to_chain(vit, (1,) * modules)
 
-# %% ../nbs/03_vit.ipynb #de67fb73
+# %% ../nbs/03_vit.ipynb #7fa371c0
 def resize_position(old, own):
     "Rule: a position embedding (1, N, D), its square grid resampled to the new number of tokens; prefix tokens are kept."
     prefix = old.shape[1] - int(old.shape[1]**0.5)**2

@@ -112,6 +112,8 @@ def test_checkpoints_of_different_steps(run, tmp_path, monkeypatch):
         weights = [Folder(tmp_path/name/n).weights() for name in ("straight", "resumed")]
         assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
         assert [m["loss"] for m in Folder(tmp_path/"straight"/n).metrics()[1:]] == [m["loss"] for m in Folder(tmp_path/"resumed"/n).metrics()[1:]]
+    flops = [sum(Folder(tmp_path/name/n).done()["flops"] for n in "ab") for name in ("straight", "resumed")]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-9)                                    # no cost is counted twice
 
 KILLED = """
 import sys
