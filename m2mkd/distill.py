@@ -6,7 +6,7 @@
 __all__ = ['soft_distillation', 'hard_distillation', 'm2mkd_terms', 'm2mkd_loss', 'prefix', 'hybrids', 'Distillation',
            'match_nothing', 'match_host', 'match_modules', 'paired']
 
-# %% ../nbs/08_distill.ipynb #e895f627
+# %% ../nbs/08_distill.ipynb #7d22fb0b
 import contextlib
 from typing import Literal
 
@@ -15,9 +15,9 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from .core import Settings, known, seeded
-from .train import Phase, soft_cross_entropy
+from .train import Phase, soft_cross_entropy, with_auxiliary
 
-# %% ../nbs/08_distill.ipynb #c6ee8c5b
+# %% ../nbs/08_distill.ipynb #9b89d740
 def soft_distillation(student_logits, teacher_logits, tau, reduction):
     "tau^2 KL(teacher || student) at temperature tau over logits (B, C); `reduction`: batchmean or mean (over batch and classes)."
     divisor = {"batchmean": len(student_logits), "mean": student_logits.numel()}[known(reduction, ("batchmean", "mean"), "reduction")]
@@ -44,7 +44,7 @@ def m2mkd_loss(student_logits, teacher_logits, soft_labels, *, alpha, tau, reduc
     "The m2mKD loss (arXiv 2402.16918, section 3), a scalar; see `m2mkd_terms`."
     return m2mkd_terms(student_logits, teacher_logits, soft_labels, alpha=alpha, tau=tau, reduction=reduction, kind=kind)["loss"]
 
-# %% ../nbs/08_distill.ipynb #afc6ac1e
+# %% ../nbs/08_distill.ipynb #e782e42b
 def prefix(host, x):
     "What goes into module 0..L-1 of the frozen host and its logits at the end: L+1 tensors, without gradient."
     flows = [x]
@@ -70,7 +70,7 @@ def hybrids(host, modules, flows, around=lambda i: contextlib.nullcontext()):
             with around(j): flying[j] = modules[j](flows[j])
     return flying
 
-# %% ../nbs/08_distill.ipynb #29c603fb
+# %% ../nbs/08_distill.ipynb #701dfac9
 class Distillation(Settings):
     "Weights and kind of the distillation loss; alpha = 0 is training on the labels."
     alpha: float = Field(0.5, ge=0, le=1)
@@ -102,5 +102,5 @@ def paired(host, modules, settings, seed, match=match_nothing, fixed=(), name="m
         training = {i: models[n] for i, n in names.items() if n in models}
         logits = hybrids(host, training, flows, lambda i: seeded(seed, names[i], step))
         targets = match(flows, training)
-        return {names[i]: m2mkd_terms(z, targets.get(i), y, **settings.model_dump()) for i, z in logits.items()}
+        return {names[i]: with_auxiliary(m2mkd_terms(z, targets.get(i), y, **settings.model_dump()), training[i]) for i, z in logits.items()}
     return Phase({names[i]: m for i, m in modules.items()}, loss, (host, *fixed))
