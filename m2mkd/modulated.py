@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nodes', 'Modulation', 'ModFC', 'CodeNoise', 'Block', 'ModFFN', 'GraphAttention', 'ReadInAttention']
 
-# %% ../nbs/05a_modulated.ipynb #cb30ca11
+# %% ../nbs/05a_modulated.ipynb #8de5af6d
 import math
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .core import Settings
 from .graphs import Kernel
 
-# %% ../nbs/05a_modulated.ipynb #2b82cd6a
+# %% ../nbs/05a_modulated.ipynb #68ae8907
 class Nodes(NamedTuple):
     "A set of n nodes: states (B, n, D), codes (n, C) or (1, C), and signatures (n, S), or None where no graph is."
     states: torch.Tensor
@@ -29,7 +29,7 @@ class Nodes(NamedTuple):
         "These nodes and, after them, `other`'s."
         return Nodes(*(None if a is None else torch.cat([a, b], -2) for a, b in zip(self, other)))
 
-# %% ../nbs/05a_modulated.ipynb #51dbd9f6
+# %% ../nbs/05a_modulated.ipynb #a431680c
 class Modulation(Settings):
     "How a code scales the inputs of a linear layer: the initial gain g, whether it is learned, and whether 1 is added."
     gain: float = 0.1
@@ -48,7 +48,8 @@ class ModFC(nn.Module):
         else: self.register_buffer("gain", gain, persistent=False)
 
     def scales(self, codes):
-        "Codes (U, C) -> scales of the inputs (U, in)."
+        "Codes (U, C) -> scales of the inputs (U, in); a ValueError where C is another."
+        if codes.shape[-1] != self.scale.in_features: raise ValueError(f"codes of width {codes.shape[-1]}, but the layer was made for {self.scale.in_features}")
         scales = self.gain * F.layer_norm(self.scale(codes), self.scale.weight.shape[:1])
         return scales + 1 if self.add_one else scales
 
@@ -56,7 +57,7 @@ class ModFC(nn.Module):
 
     def extra_repr(self): return "inputs={1}, outputs={0}".format(*self.weight.shape)
 
-# %% ../nbs/05a_modulated.ipynb #1e5aea94
+# %% ../nbs/05a_modulated.ipynb #cea25684
 class CodeNoise(nn.Module):
     "Codes (n, C) with uniform noise of at most `scale` times their size in training."
     def __init__(self, scale):
@@ -67,12 +68,12 @@ class CodeNoise(nn.Module):
         if not self.training or not self.scale: return codes
         return codes + self.scale * codes.detach().abs() * torch.empty_like(codes).uniform_(-1, 1)
 
-# %% ../nbs/05a_modulated.ipynb #da723e4b
+# %% ../nbs/05a_modulated.ipynb #a818ae67
 class Block(Settings):
-    """Attention and FFN of one module: `heads` of `head_width`, layer scale (None: none) and drop path of both, residual connections, code noise in units of
+    """Attention and FFN of one module: `heads` of `head_width` (None: the width of the states over the heads), layer scale (None: none) and drop path of both, residual connections, code noise in units of
     the code. `share_norm`: receivers and senders pass the same layer norm."""
     heads: PositiveInt = 6
-    head_width: PositiveInt = 64
+    head_width: PositiveInt | None = 64
     qkv_bias: bool = False
     residual: bool = True
     share_norm: bool = True
@@ -90,6 +91,11 @@ class Block(Settings):
     def __init__(self, **values):
         super().__init__(**values)
         if self.drop_path and not self.residual: raise ValueError(f"drop_path = {self.drop_path} needs the residual connection; without one it must be 0")
+
+    def head(self, width):
+        "The width of a head where the states have `width`; a ValueError where the heads do not divide it."
+        if self.head_width is None and width % self.heads: raise ValueError(f"{self.heads} heads do not divide the width {width}; give head_width, or other heads")
+        return self.head_width or width // self.heads
 
 def _layer_scale(width, initial): return nn.Identity() if initial is None else LayerScale(width, initial)
 
@@ -112,12 +118,12 @@ class ModFFN(nn.Module):
         message = self.layer_scale(self.fc2(hidden, codes))
         return states + self.drop_path(message) if self.residual else message
 
-# %% ../nbs/05a_modulated.ipynb #e84a6b5d
+# %% ../nbs/05a_modulated.ipynb #0d28c4ec
 class _Attention(nn.Module):
     "What both attentions have: modulated query, key, value and output layers, layer scale."
     def __init__(self, sender_width, width, code_width, block):
         super().__init__()
-        inner, self.heads, self.residual = block.heads * block.head_width, block.heads, block.residual
+        inner, self.heads, self.residual = block.heads * block.head(width), block.heads, block.residual
         self.norm = nn.LayerNorm(width)
         self.query = ModFC(width, inner, code_width, block.modulation, block.qkv_bias)
         self.key = ModFC(sender_width, inner, code_width, block.modulation, block.qkv_bias)
@@ -166,7 +172,7 @@ class GraphAttention(_Attention):
         scores, (log_kernel, _) = q @ k.mT / q.shape[-1]**0.5, self.links(receivers, senders)
         return (scores if log_kernel is None else scores + log_kernel).softmax(-1).nan_to_num()
 
-# %% ../nbs/05a_modulated.ipynb #1af863ce
+# %% ../nbs/05a_modulated.ipynb #8706a8d9
 class ReadInAttention(_Attention):
     "Latents (Nodes) read tokens (B, V, T); key and value layers are modulated by the latents' codes."
     def __init__(self, token_width, width, code_width, block):

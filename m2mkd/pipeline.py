@@ -6,7 +6,7 @@
 __all__ = ['Task', 'check_apart', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of',
            'runs_folder', 'figures_folder', 'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #1f16115b
+# %% ../nbs/11_pipeline.ipynb #2daf1b23
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .chain import assemble, freeze, hybrid, load as load_strictly, stitch, unstitched
+from .chain import freeze, hybrid, load as load_strictly, stitch, unstitched
 from .core import Settings, from_plain, hash_of, read_json, seeded, sha256, to_plain, write_json
 from .data import Batches, Data, ImageSet, whole_split
 from .distill import Distillation, match_host, match_modules, match_nothing, paired
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #c29e5ad6
+# %% ../nbs/11_pipeline.ipynb #319dc847
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -48,7 +48,7 @@ def check_apart(train, tests):
             raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; "
                              "choose disjoint `per_class` ranges")
 
-# %% ../nbs/11_pipeline.ipynb #77578210
+# %% ../nbs/11_pipeline.ipynb #3137f401
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -56,12 +56,12 @@ class Stitched(Model):
     norm: bool = False
 
     def build(self, classes, image_size):
-        student, meta = self.student.build(classes, image_size), self.meta.build(classes, image_size)
+        student, meta = self.student.alone(classes, image_size), self.meta.build(classes, image_size)
         return nn.Sequential(*stitch(student, meta, torch.zeros(1, 3, image_size, image_size), self.norm))
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #5c80e44b
+# %% ../nbs/11_pipeline.ipynb #23502c9f
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -114,7 +114,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #d15d43a7
+# %% ../nbs/11_pipeline.ipynb #7437d41d
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -144,13 +144,13 @@ def start_from(chain, model, modules, record, position):
     if numbers == [None]: return load_strictly(chain, states[0], rules)
     if numbers != list(range(len(numbers))):
         raise ValueError(f"the stages are the modules {numbers} of a model; they are assembled in order, 0 to {len(numbers) - 1}")
-    return assemble(chain, states, rules)
+    return model.assemble(chain, states, rules)
 
 def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #e9e69453
+# %% ../nbs/11_pipeline.ipynb #ea80b0cd
 def _home():
     "The checkout that this package lies in, or else the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
@@ -164,7 +164,7 @@ def figures_folder():
     "Where figures go: `figures` in $M2MKD_RUNS, or in the checkout or the working directory."
     return Path(os.environ.get("M2MKD_RUNS") or _home())/"figures"
 
-# %% ../nbs/11_pipeline.ipynb #108c52d6
+# %% ../nbs/11_pipeline.ipynb #62ee2ef1
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 

@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'CHECKPOINT_RULES', 'Embed', 'Head', 'to_chain', 'from_chain', 'meta_chain', 'resize_position', 'Model',
            'fitting', 'ViT', 'Meta', 'check_patch']
 
-# %% ../nbs/03_vit.ipynb #849a319e
+# %% ../nbs/03_vit.ipynb #5fbdc089
 import copy, re
 from collections import OrderedDict
 from pathlib import Path
@@ -18,10 +18,10 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .chain import check_depths, load, renew, split
+from .chain import assemble, check_depths, load, renew, split
 from .core import Settings, known
 
-# %% ../nbs/03_vit.ipynb #ce6fbe8d
+# %% ../nbs/03_vit.ipynb #cd2ec6c0
 BEFORE = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 def _trimmed(vit, keep):
@@ -49,7 +49,7 @@ class Head(nn.Module):
 
     def forward(self, x): return self.vit.forward_head(self.vit.norm(x))
 
-# %% ../nbs/03_vit.ipynb #e2c607a5
+# %% ../nbs/03_vit.ipynb #5706c19f
 def to_chain(vit, depths):
     "A timm VisionTransformer as a chain of `len(depths)` modules, module i with `depths[i]` blocks; parameters are shared with `vit`."
     if not isinstance(vit, VisionTransformer): raise TypeError(f"to_chain takes a timm VisionTransformer, got {type(vit).__name__}")
@@ -66,7 +66,7 @@ def from_chain(chain):
     vit.blocks = nn.Sequential(*(block for module in chain for block in module.blocks))
     return vit
 
-# %% ../nbs/03_vit.ipynb #4f4f4aea
+# %% ../nbs/03_vit.ipynb #dabbec3d
 def meta_chain(like, modules):
     "A newly initialised chain of `modules` single-block modules of the kind and width of the timm ViT `like`."
     if not 1 <= modules <= len(like.blocks):
@@ -79,7 +79,7 @@ def meta_chain(like, modules):
     vit.init_weights()
     return to_chain(vit, (1,) * modules)
 
-# %% ../nbs/03_vit.ipynb #7fa371c0
+# %% ../nbs/03_vit.ipynb #d7d413a2
 def resize_position(old, own):
     "Rule: a position embedding (1, N, D), its square grid resampled to the new number of tokens; prefix tokens are kept."
     prefix = old.shape[1] - int(old.shape[1]**0.5)**2
@@ -91,6 +91,14 @@ class Model(Settings):
     def build(self, classes, image_size):
         "A chain for `classes` classes and images of `image_size` pixels."
         raise TypeError(f"{type(self).__name__} has no build method")
+
+    def alone(self, classes, image_size):
+        "The chain of the modules as they are trained alone, each in the place of a meta module."
+        return self.build(classes, image_size)
+
+    def assemble(self, chain, states, rules=()):
+        "Load the states of modules that were trained alone into `chain`; returns the keys treated by a rule."
+        return assemble(chain, states, rules)
 
     def rules(self, position="resize"):
         "What may differ between a source and a target model of these settings."
