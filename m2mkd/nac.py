@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CIRCUIT_ONLY', 'TINY_PRIORS', 'IMAGENET_PRIORS', 'MICRO_PRIORS', 'KernelSettings', 'Latents', 'Seeding', 'Seeder',
            'LatentNodes', 'at', 'Sets', 'ReadIn', 'Propagator', 'ReadOut', 'LoneReadIn', 'LonePropagator',
-           'LoneReadOut', 'Circuit', 'HingeRepulsion', 'BlockModel', 'NAC', 'resize_grid', 'hand_on', 'preset']
+           'LoneReadOut', 'Circuit', 'HingeRepulsion', 'BlockModel', 'NAC', 'resize_grid', 'hand_on', 'preset',
+           'attention_received', 'degrees', 'sparsify']
 
-# %% ../nbs/05_nac.ipynb #1496b7a5
+# %% ../nbs/05_nac.ipynb #e48bb79c
 import copy, functools
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from .modulated import Block, CodeNoise, GraphAttention, Modulation, ModFC, ModF
 from .tokenizers import ConvNeXtStem, Patches, Pooling
 from .vit import Model
 
-# %% ../nbs/05_nac.ipynb #e6bbb837
+# %% ../nbs/05_nac.ipynb #b494c390
 class KernelSettings(Settings):
     "The kernel on signatures, see `graphs.Kernel`."
     truncation: float | None = 0.9
@@ -57,7 +58,7 @@ class Seeding(Settings):
     code_is_state: bool = False
     evaluate: Literal["expected", "sample"] = "expected"
 
-# %% ../nbs/05_nac.ipynb #1128b6a9
+# %% ../nbs/05_nac.ipynb #2a0e2027
 class Seeder(nn.Module):
     "Codes (n, C) -> states (batch, n, D)."
     def __init__(self, code_width, width, settings):
@@ -88,9 +89,10 @@ class LatentNodes(nn.Module):
         seed = int(torch.randint(2**31, (), device="cpu"))
         meta = torch.get_default_device().type == "meta"
         random = torch.randn(latents.count, signature_width)
-        signatures = random if latents.prior is None or meta else _realised(latents.prior, latents.count, signature_width, truncation, latents.realise_at, seed).clone()
+        realised = None if latents.prior is None or meta else _realised(latents.prior, latents.count, signature_width, truncation, latents.realise_at, seed)
         codes = torch.randn(*iterations, 1 if latents.same_codes else latents.count, code_width).expand(*iterations, latents.count, -1).clone()
-        self.signatures, self.codes = nn.Parameter(signatures, latents.learn_signatures), nn.Parameter(codes, latents.learn_codes)
+        self.signatures = nn.Parameter(random if realised is None else realised.clone(), latents.learn_signatures)
+        self.codes = nn.Parameter(codes, latents.learn_codes)
         self.states = nn.Parameter(torch.randn(latents.count, width)) if states else None
 
     def nodes(self, seeder, batch):
@@ -102,7 +104,7 @@ def at(nodes, i):
     "The codes of nodes or latents in propagator i: the same in all, or their own."
     return nodes.codes if nodes.codes.dim() == 2 else nodes.codes[i]
 
-# %% ../nbs/05_nac.ipynb #95486395
+# %% ../nbs/05_nac.ipynb #447ecc05
 class Sets(NamedTuple):
     "The three sets of nodes of a circuit."
     inputs: Nodes
@@ -181,7 +183,7 @@ class ReadOut(_Module):
 
     def forward(self, sets): return self.pool(self.states(*self.ends(sets)))
 
-# %% ../nbs/05_nac.ipynb #2a43e838
+# %% ../nbs/05_nac.ipynb #4dfb9eda
 class _Lone:
     "What a module outside of a circuit has: a free code, learned or not, and a state."
     def isolate(self, s, state):
@@ -207,7 +209,7 @@ class LoneReadOut(_Lone, ReadOut):
     "Tokens (B, N, D) -> logits (B, classes)."
     def forward(self, tokens): return self.pool(self.states(self.latent(len(tokens)), self.nodes(tokens)))
 
-# %% ../nbs/05_nac.ipynb #f8ebb08e
+# %% ../nbs/05_nac.ipynb #bee650ad
 class Circuit(nn.Sequential):
     "A NAC as a chain: `ReadIn`, `Propagator`s, `ReadOut`."
     regularisers = ()
@@ -249,10 +251,11 @@ class BlockModel(Settings):
         if not any(isinstance(k.bandwidth, nn.Parameter) for k in kernels): kernels = kernels[:1]      # all the same
         return {"block_model": self.weight * sum(block_model(k.probabilities(signatures, signatures), self.clusters, self.p_in, self.p_out) for k in kernels)}
 
-# %% ../nbs/05_nac.ipynb #e2b61b3d
+# %% ../nbs/05_nac.ipynb #1ef8b7d5
 class NAC(Model):
-    """A Neural Attentive Circuit. `share`: what the propagators have in common. `inputs_reach_mediators`: in all propagators, the first, or never. `seeder` None: the first states
-    are learned. `head`: a modulated layer to the classes before pooling. `code`: of modules alone, fixed (as published), or learned and handed on to the circuit."""
+    """A Neural Attentive Circuit. `share`: what the propagators have in common. `inputs_reach_mediators`: in all propagators, the first, or never.
+    `seeder` None: the first states are learned. `head`: a modulated layer to the classes before pooling. `code`: of modules alone, fixed (as published), or
+    learned and handed on to the circuit."""
     width: PositiveInt = 384
     code_width: PositiveInt = 384
     signature_width: PositiveInt = 64
@@ -316,7 +319,8 @@ class NAC(Model):
         return nn.Sequential(*modules)
 
     def rules(self, position="resize"):
-        return [(r"tokenizer\.grid$", {"resize": resize_grid, "new": renew}[known(position, ("resize", "new"), "way to treat the position grid")]), (r"(pool|head|head_norm)\.", renew)]
+        grid = {"resize": resize_grid, "new": renew}[known(position, ("resize", "new"), "way to treat the position grid")]
+        return [(r"tokenizer\.grid$", grid), (r"^(\d+\.)?(pool|head|head_norm)\.", renew)]
 
     def assemble(self, circuit, states, rules=()):
         "Load one lone module's state per module; latents, seeder and kernels stay new, and a learned code becomes the mean of the codes of its nodes."
@@ -325,7 +329,7 @@ class NAC(Model):
         if self.code == "learned": hand_on(circuit, codes)
         return treated
 
-CIRCUIT_ONLY = r"^(inputs|mediators|outputs|seeder)\.|attention\.kernel\."
+CIRCUIT_ONLY = r"^(inputs|mediators|outputs|seeder)\.|attention\.kernel\."   # what a module alone does not have
 
 def resize_grid(old, own):
     "Rule: a position grid (P, h, w), resampled to the new size."
@@ -339,7 +343,7 @@ def hand_on(circuit, codes):
         for own, code in ((nodes.inputs.codes, first), (nodes.mediators.codes, targets), (nodes.outputs.codes, last)):
             own += code - own.mean(-2, keepdim=True)
 
-# %% ../nbs/05_nac.ipynb #b39a6a2d
+# %% ../nbs/05_nac.ipynb #e76085cd
 TINY_PRIORS = {"scale-free": ScaleFree(m=2), "planted-partition": PlantedPartition(clusters=8), "ring-of-cliques": RingOfCliques(cliques=8), "erdos-renyi": ErdosRenyi(p=0.1)}
 IMAGENET_PRIORS = TINY_PRIORS | {"scale-free": ScaleFree(m=6), "planted-partition": PlantedPartition(clusters=12), "ring-of-cliques": RingOfCliques(cliques=12)}
 MICRO_PRIORS = TINY_PRIORS | {"planted-partition": PlantedPartition(clusters=4), "ring-of-cliques": RingOfCliques(cliques=4)}
@@ -358,3 +362,34 @@ def preset(name, prior="scale-free"):
     graph = priors[known(prior, priors, "graph prior of a NAC")]
     regulariser = BlockModel(clusters=graph.clusters) if isinstance(graph, PlantedPartition) else HingeRepulsion()
     return settings.but(mediators=Latents(count=count, prior=graph), regularisers=(regulariser,))
+
+# %% ../nbs/05_nac.ipynb #b545beff
+def attention_received(circuit, images):
+    "How much attention each mediator receives from a receiver, a mean over images, propagators and heads: (mediators,)."
+    with evaluating(circuit):
+        sets, received = circuit[0](images), 0.
+        for p in circuit.propagators:
+            weights = p.attention.weights(*p.ends(sets))
+            received, sets = received + weights[..., -sets.mediators.states.shape[1]:].mean((0, 1, 2)) / len(circuit.propagators), p(sets)
+    return received
+
+def degrees(circuit):
+    "The expected number of links of each mediator to mediators, itself included, a mean over the propagators: (mediators,)."
+    signatures = circuit[0].mediators.signatures.detach()
+    with torch.no_grad(): return torch.stack([p.attention.kernel.probabilities(signatures, signatures).sum(-1) for p in circuit.propagators]).mean(0)
+
+def sparsify(nac, keep, by="degree", images=None, seed=0):
+    """A copy of the circuit `nac` with `keep` of its mediators (a number, or a share as a float): those with most links (degree), those that receive most attention
+    on `images` (attention), or random ones."""
+    n = len(nac[0].mediators.signatures)
+    count = round(keep * n) if isinstance(keep, float) else keep
+    if not 1 <= count <= n: raise ValueError(f"keep = {keep}: {count} mediators of {n}; it must be 1 to {n}, or a share above 0 and up to 1.0")
+    if nac[0].mediators_from_inputs: raise ValueError("mediators that start from the inputs' states cannot be taken out: they are paired with the inputs")
+    known(by, ("degree", "attention", "random"), "order of the mediators")
+    if by == "attention" and images is None: raise ValueError("by='attention' needs images to look at")
+    scores = {"degree": lambda: degrees(nac), "attention": lambda: attention_received(nac, images),
+              "random": lambda: torch.rand(n, generator=generator(seed, "sparsify"))}[by]()
+    thin, kept = copy.deepcopy(nac), scores.topk(count).indices.sort().values
+    for name, p in list(thin[0].mediators.named_parameters()):
+        setattr(thin[0].mediators, name, nn.Parameter(p.detach().index_select(-2, kept.to(p.device)), p.requires_grad))
+    return thin
