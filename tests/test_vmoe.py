@@ -1,57 +1,19 @@
-"V-MoE against numbers computed from the published model code (tests/reference), and what crosses modules: joint use with chain and vit."
-import json, re
-from pathlib import Path
+"V-MoE: the laws of mixtures, and what crosses modules: joint use with chain, vit, train and distill. Parity with the published code: test_convert_vmoe."
+import copy, json, math
 
 import pytest, torch
-from safetensors.torch import load_file
+from timm.layers import Mlp
+from torch.nn import functional as F
 
-from m2mkd.chain import assemble, evaluating
-from m2mkd.core import from_plain, seeded, to_plain
-from m2mkd.vit import from_chain, meta_chain
-from m2mkd.vmoe import Mixture, VMoE, grouped, looped
-
-REFERENCE = Path(__file__).parent/"reference"/"vmoe_small"
-
-
-@pytest.fixture(scope="module")
-def published():
-    "The published settings, parameters by their `stages.` names, and the inputs and outputs."
-    config, tensors = json.loads(REFERENCE.with_suffix(".json").read_text()), load_file(REFERENCE.with_suffix(".safetensors"))
-    state = {k.removeprefix("state/stages."): v for k, v in tensors.items() if k.startswith("state/stages.")}
-    return config, state, {k.removeprefix("io/"): v for k, v in tensors.items() if k.startswith("io/")}
-
-
-def settings_of(config):
-    return VMoE(depths=config["divided_depths"], width=config["embed_dim"], heads=config["num_heads"], patch=config["patch_size"],
-                mlp_ratio=config["mlp_ratio"], experts=config["num_expert"], top_k=config["top_k"], mixtures=config["moe_pos"],
-                qkv_bias=config["qkv_bias"], norm_eps=config["norm_eps"])
-
-
-def our_state(state):
-    "Published parameters under our names: experts stacked and transposed, the rest renamed."
-    ours, stacks = {}, {"htoh4.weight": "w1", "htoh4.bias": "b1", "h4toh.weight": "w2", "h4toh.bias": "b2"}
-    for key, value in state.items():
-        stage, rest = key.split(".", 1)
-        if m := re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.0\.(.+)", rest):
-            one = re.escape(f"{stage}.{m[1]}.moe.experts.") + r"\d+\." + m[2]
-            experts = torch.cat([state[k] for k in sorted(state) if re.fullmatch(one, k)])
-            ours[f"{stage}.{m[1]}.mlp.{stacks[m[2]]}"] = experts.mT.contiguous() if experts.dim() == 3 else experts
-        elif ".experts." not in rest:
-            part = "" if rest.startswith("blocks.") else "head.vit." if rest.startswith(("norm.", "head.")) else "embed.vit."
-            ours[f"{stage}.{part}{rest.replace('.moe.gate.', '.mlp.router.')}"] = value
-    return ours
-
-
-def test_logits_and_image_gradient_of_the_published_model(published):
-    config, state, io = published
-    chain = settings_of(config).build(config["num_classes"], config["img_size"]).double().eval()
-    chain.load_state_dict(our_state(state))
-    image = io["image"].requires_grad_()
-    logits = chain(image)
-    torch.testing.assert_close(logits, io["logits"], rtol=1e-8, atol=1e-14)
-    gradient, = torch.autograd.grad((logits * torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)).sum(), image)
-    torch.testing.assert_close(gradient, io["grad_image"], rtol=1e-8, atol=1e-14)
-
+from m2mkd.chain import assemble, evaluating, freeze, load, stitch
+from m2mkd.core import flop_counter, from_plain, hash_of, seeded, to_plain
+from m2mkd.data import Batches, load as load_data
+from m2mkd.distill import Distillation, match_modules, paired
+from m2mkd.folder import Folder
+from m2mkd.routing import Gating, Routing, importance_loss, limited, load_loss, losses, with_room, z_loss
+from m2mkd.train import Runtime, Training, auxiliary, end_to_end, train
+from m2mkd.vit import Meta, ViT, from_chain, meta_chain
+from m2mkd.vmoe import Mixture, SoftMixture, VMoE, from_dense, grouped, looped, preset, routings, upcycle
 
 @pytest.fixture
 def student():
@@ -123,3 +85,315 @@ def test_the_grouped_path_on_a_gpu_does_not_wait_and_agrees():
         patch.setattr("m2mkd.vmoe.path_for", lambda *_: looped)
         slow = run()
     for a, b in zip(fast, slow): assert (a - b).abs().max() <= 3e-2 * a.abs().max()
+
+
+# --- laws ---
+
+def mixture(**changes):
+    "The same weights whatever the gating."
+    with seeded(0, "mixture"): return Mixture(16, 32, **{**dict(experts=4, top_k=2), **changes}).double()
+
+
+@pytest.fixture
+def x():
+    with seeded(0, "tokens"): return torch.randn(6, 5, 16, dtype=torch.float64)
+
+
+def outputs(m, x):
+    "Output and all gradients."
+    leaf = x.clone().requires_grad_()
+    y = m(leaf)
+    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), [leaf, *m.parameters()])]
+
+
+@pytest.mark.parametrize("priority", ["order", "weight"])
+@pytest.mark.parametrize("softmax", ["after", "before"])
+def test_room_for_all_is_no_limit(x, priority, softmax):
+    free, roomy = mixture(softmax=softmax), mixture(softmax=softmax, capacity=4 / 2, priority=priority)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(free, x), outputs(roomy, x), strict=True))
+    assert roomy.observed()["dropped"] == 0
+
+
+def explicit(m, x, routing):
+    "The weighted sum of the chosen experts, token by token."
+    y = torch.zeros_like(x)
+    for t in range(len(x)):
+        for e, w, kept in zip(routing.experts[t], routing.weights[t], routing.kept[t]):
+            if kept: y[t] += w * (F.gelu(x[t] @ m.w1[e] + m.b1[e]) @ m.w2[e] + m.b2[e])
+    return y
+
+
+@pytest.mark.parametrize("path", [looped, lambda x, *a: grouped(x.float(), a[0], *a[1:]).double()], ids=["looped", "grouped"])
+@pytest.mark.parametrize("capacity,priority", [(0.1, "order"), (0.6, "weight"), (1., "order"), (1.05, "weight")])
+def test_a_limit_drops_what_has_no_room_and_nothing_else(x, capacity, priority, path, monkeypatch):
+    monkeypatch.setattr("m2mkd.vmoe.path_for", lambda *_: path)
+    m = mixture(capacity=capacity, priority=priority)
+    tokens, room = x.flatten(0, 1), max(1, math.ceil(capacity * 30 * 2 / 4))
+    routing = limited(m.router(tokens), room, priority)
+    assert all(((routing.experts == e) & routing.kept).sum() <= room for e in range(4)) and not routing.kept.all()
+    leaf = tokens.clone().requires_grad_()
+    wanted = explicit(m, leaf, limited(m.router(leaf), room, priority))
+    parts = [leaf, *m.parameters()]
+    expected = torch.autograd.grad(wanted.square().sum(), parts)
+    found = m(leaf)
+    tolerance = 1e-10 if path is looped else 1e-4
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), parts), expected): torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert m.observed()["dropped"] == pytest.approx(1 - routing.kept.double().mean().item())
+
+
+def test_batch_priority_keeps_the_surest_tokens():
+    with seeded(0, "logits"): logits = torch.randn(40, 4)
+    top = logits.topk(1)
+    routing = limited(Routing(top.indices, torch.ones(40, 1), logits, logits), 3, "weight")
+    for e in range(4):
+        mine = (top.indices[:, 0] == e).nonzero()[:, 0]
+        surest = mine[logits.softmax(1).amax(1)[mine].argsort(descending=True)][:3]
+        assert set(routing.kept[:, 0].nonzero()[:, 0].tolist()) & set(mine.tolist()) == set(surest.tolist())
+
+
+def test_first_choices_come_before_second_ones():
+    "A hundred tokens whose second choice is expert 0, and one at the end whose first it is."
+    experts = torch.tensor([[1, 0]] * 100 + [[0, 1]])
+    kept = with_room(experts, 2, 1, torch.arange(101))
+    assert kept[100, 0] and kept[0, 0] and kept.sum() == 2
+
+
+def test_limits_differ_between_training_and_evaluation(x):
+    m = mixture(capacity=0.5, capacity_eval=1.)
+    assert not torch.equal(m(x), m.eval()(x))
+    assert (m(x) == 0).all(-1).sum() < (m.train()(x) == 0).all(-1).sum()
+
+
+def test_one_expert_is_the_dense_mlp(x):
+    mlp, m = Mlp(16, 32).double(), mixture(experts=1, top_k=1)
+    upcycle(m, *mlp.parameters())
+    torch.testing.assert_close(m(x), mlp(x), rtol=1e-12, atol=1e-14)
+
+
+def test_permuting_the_batch_permutes_the_output(x):
+    order, m = torch.tensor([3, 0, 5, 1, 4, 2]), mixture()
+    torch.testing.assert_close(m(x[order]), m(x)[order], rtol=1e-12, atol=1e-14)
+
+
+def test_frozen_experts_let_the_gradient_through(x):
+    free, frozen = mixture(), mixture()
+    freeze(frozen)
+    def by_tokens(m):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(m(leaf).square().sum(), leaf)[0]
+    assert torch.equal(by_tokens(free.eval()), by_tokens(frozen)) and all(p.grad is None for p in frozen.parameters())
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(x):
+    m, saved = mixture(), []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t): m(x)
+    assert not saved
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t): looped(x.flatten(0, 1), torch.tensor([10, 20, 20, 30]), m.w1, m.b1, m.w2, m.b2)
+    assert sum(s.numel() for s in saved if s[-1:] == (32,) and len(s) == 2) == 30 * 32 + m.b1.numel()   # the hidden states once, and a bias
+
+
+def test_flops_of_both_directions():
+    m = mixture().float()
+    with flop_counter() as forward: y = m(torch.zeros(10, 16))
+    with flop_counter() as backward: y.sum().backward()
+    experts = 2 * 10 * 2 * (16 * 32 + 32 * 16)
+    router = 2 * 10 * 16 * 4
+    assert forward.get_total_flops() == experts + router and backward.get_total_flops() == 2 * experts + router
+
+
+# --- losses ---
+
+def test_even_logits_have_no_loss_and_one_expert_for_all_has_the_largest():
+    assert importance_loss(torch.zeros(7, 4)) == 0 == load_loss(torch.zeros(7, 4), torch.zeros(7, 4), 2, 0.25)
+    sure = torch.tensor([[100., 0, 0, 0]] * 7)
+    assert importance_loss(sure) == pytest.approx(3) and load_loss(sure, sure, 1, 0.25) == pytest.approx(3)
+    assert z_loss(torch.zeros(7, 4)) == pytest.approx(math.log(4)**2)
+
+
+def test_losses_push_the_router_towards_balance():
+    "Gradient descent on each loss alone evens out a crooked router."
+    for name in ("importance", "load"):
+        with seeded(0, "crooked"): m, x = Mixture(8, 16, 4, 2, noise=1., **{name: 1.}), torch.randn(256, 8)
+        with torch.no_grad(): m.router.gate.bias.copy_(torch.tensor([1., 0, 0, 0]))
+        optimizer, shares = torch.optim.SGD(m.router.parameters(), lr=0.3), []
+        for step in range(60):
+            with seeded(step, "noise"): m(x)
+            shares.append(m.observed()["max_share"].item())
+            optimizer.zero_grad()
+            m.auxiliary()[name].backward()
+            optimizer.step()
+        assert shares[0] > 0.45 and shares[-1] < 0.3
+
+
+def test_a_mixture_gives_its_losses_once_and_in_training_only(x):
+    m = mixture(importance=0.5, z=2.)
+    m(x)
+    assert set(m.auxiliary()) == {"importance", "z"} and m.auxiliary() == {} == mixture().auxiliary()
+    copy.deepcopy(m)
+    m.eval()(x)
+    assert m.auxiliary() == {}
+
+
+def test_losses_are_those_of_the_settings(x):
+    gating = dict(noise=1., importance=0.3, load=0.2, z=0.1)
+    m = mixture(**gating)
+    with seeded(0, "noise"): m(x)
+    found = m.auxiliary()
+    with seeded(0, "noise"): routing = m.router(x.flatten(0, 1))
+    assert found == {"importance": 0.3 * importance_loss(routing.clean), "load": 0.2 * load_loss(routing.clean, routing.logits, 2, 1/4), "z": 0.1 * z_loss(routing.clean)}
+    assert losses(routing, Gating(experts=4, **gating)) == found
+
+
+# --- in training ---
+
+BALANCED = dict(noise=1., importance=0.1, load=0.1, z=0.01)
+
+
+@pytest.fixture(scope="module")
+def batches(): return Batches(load_data("digits", classes=5, per_class=16), 16, seed=0)
+
+
+def build(settings, dtype=torch.float32):
+    with seeded(0, "chain"): return settings.build(5, 8).to(dtype)
+
+
+def metrics(folder): return [m for m in Folder(folder).metrics() if "loss" in m]
+
+
+def test_end_to_end_minimises_and_records_the_losses(student, batches, tmp_path):
+    settings, every = Training(epochs=1, batch_size=16), Runtime(device="cpu", log_steps=1)
+    for name, model in (("plain", student), ("balanced", student.but(**BALANCED))):
+        train(end_to_end(build(model), seed=0), batches, settings, {"model": tmp_path/name}, runtime=every)
+    plain, balanced = (metrics(tmp_path/name) for name in ("plain", "balanced"))
+    assert set(balanced[0]) - set(plain[0]) == {"importance", "load", "z"} and {"entropy", "max_share", "dropped"} <= set(plain[0])
+    assert balanced[0]["loss"] - plain[0]["loss"] == pytest.approx(sum(balanced[0][k] for k in ("importance", "load", "z")), rel=1e-4)
+    assert plain[1]["loss"] != balanced[1]["loss"] and plain[0]["dropped"] == 0 and 0.25 <= plain[0]["max_share"] <= 0.5 and plain[0]["entropy"] <= math.log(4)
+
+
+def test_a_model_without_own_losses_records_none(batches, tmp_path):
+    train(end_to_end(build(ViT(depths=(1,), options=dict(embed_dim=8, num_heads=2, patch_size=4))), seed=0), batches, Training(epochs=1, batch_size=16), {"model": tmp_path/"vit"})
+    assert set(metrics(tmp_path/"vit")[0]) == {"step", "epoch", "loss", "norm", "lr", "seconds"}
+
+
+def pairs(only, model, host=ViT(depths=(1, 1), options=dict(embed_dim=16, num_heads=2, patch_size=4))):
+    "The phase that distils the modules `only` of the V-MoE `model`, in float64, and the modules."
+    meta, teacher, chain = build(Meta(like=host), torch.float64), build(host, torch.float64), build(model)
+    with seeded(0, "stitch"): students = [m.double().train() for m in stitch(chain, build(Meta(like=host)), torch.zeros(1, 3, 8, 8))]
+    for m in (meta, teacher): freeze(m)
+    return paired(meta, {i: students[i] for i in only}, Distillation(), 7, match_modules(meta, dict(enumerate(teacher)))), students
+
+
+def test_losses_in_distillation_are_the_students_own(student, batches):
+    x, y = (t.double() for t in batches.at(0, 0))
+    terms = {}
+    for only in ((0, 1), (0,), (1,)):
+        phase, students = pairs(only, student.but(capacity=1., **BALANCED))
+        found = phase.loss(phase.trains, x, y, 0)
+        sum(t["loss"] for t in found.values()).backward()
+        for i in only: terms.setdefault(i, []).append((found[f"module-{i}"], [p.grad for p in students[i].parameters()]))
+    for joint, alone in terms.values():
+        assert joint[0].keys() == alone[0].keys() >= {"importance", "load", "z", "dropped"}
+        assert all((joint[0][k] - alone[0][k]).abs() < 1e-10 for k in joint[0]) and all((a - b).abs().max() < 1e-10 for a, b in zip(joint[1], alone[1]))
+    t = {k: v.item() for k, v in terms[0][0][0].items()}
+    assert t["loss"] == pytest.approx(0.5 * t["label"] + 0.5 * t["distill"] + t["importance"] + t["load"] + t["z"])
+
+
+def test_a_host_of_mixtures_adds_no_losses(student, batches):
+    "A frozen V-MoE as meta model: it does not train, so its losses do not count."
+    with seeded(0, "host"): meta, chain = student.but(**BALANCED).build(5, 8).double(), build(student).double()
+    freeze(meta)
+    phase = paired(meta, {0: chain[0].train()}, Distillation(alpha=0.), 0)
+    terms = phase.loss(phase.trains, *(t.double() for t in batches.at(0, 0)), 0)["module-0"]
+    assert terms["loss"] == terms["label"] and "importance" not in terms and auxiliary(meta) == {}
+
+
+# --- the model ---
+
+@pytest.mark.parametrize("mixtures,expected", [(None, (0, 1, 2, 3)), ("all", (0, 1, 2, 3)), ("every second", (1, 3)), ("last 1", (3,)), ("last 3", (1, 2, 3)), ((), ()), ([0, 2], (0, 2))])
+def test_which_blocks_are_mixtures(mixtures, expected):
+    settings = VMoE(depths=(2, 2), width=8, heads=2, patch=4, experts=4, mixtures=mixtures)
+    chain = settings.build(3, 8)
+    assert settings.positions == expected == tuple(i for i, b in enumerate(b for m in chain for b in m.blocks) if isinstance(b.mlp, Mixture))
+    assert from_plain(json.loads(json.dumps(to_plain(settings)))) == settings
+
+
+def test_base_has_the_published_number_of_parameters():
+    with torch.device("meta"): base = preset("base").build(classes=1000, image_size=224)
+    assert sum(p.numel() for p in base.parameters()) == 483_325_768 and len(base) == 4 and preset("base") == VMoE()
+    assert preset("micro", experts=2).experts == 2
+
+
+def test_experts_start_equal_or_different():
+    for equal in (False, True):
+        w = build(VMoE(depths=(1,), width=8, heads=2, patch=4, experts=4, equal_experts=equal))[0].blocks[0].mlp.w1
+        assert (w == w[0]).all() == equal
+
+
+def test_a_dense_model_goes_into_all_experts(student):
+    dense = build(ViT(depths=(3,), options=dict(embed_dim=8, num_heads=2, patch_size=4)), torch.float64).eval()
+    for mixtures in (None, (1,)):
+        chain = student.but(mixtures=mixtures).build(5, 8).double().eval()
+        treated = from_dense(chain, dense)
+        assert len(treated) == 2 * len(student.but(mixtures=mixtures).positions) and all("router" in k for k in treated)
+        x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(chain(x), dense(x), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="the dense model has 1 blocks, the V-MoE 3"): from_dense(chain, build(ViT(depths=(1,), options=dict(embed_dim=8, num_heads=2, patch_size=4))))
+
+
+def test_soft_moe_trains_and_drops_nothing(student, batches, tmp_path):
+    soft = VMoE(depths=(1, 2), width=8, heads=2, patch=4, experts=4, slots=2)
+    done = train(end_to_end(build(soft), seed=0), batches, Training(epochs=1, batch_size=16), {"model": tmp_path/"soft"})
+    chain = build(soft)
+    assert done["model"]["steps"] == 5 and isinstance(chain[0].blocks[0].mlp, SoftMixture) and all(p.grad is None for p in chain.parameters())
+    x = torch.randn(4, 3, 8, 8)
+    with evaluating(chain): torch.testing.assert_close(chain(x)[[2, 0]], chain(x[[2, 0]]))
+
+
+def test_routings_are_by_block(student):
+    chain, x = student.but(mixtures=(0, 2)).build(5, 8), torch.randn(4, 3, 8, 8)
+    found = routings(chain, x)
+    assert set(found) == {"block 0", "block 2"} and found["block 0"].experts.shape == (4 * 5, 2) and chain.training
+
+
+# --- bad input ---
+
+@pytest.mark.parametrize("wrong,said", [
+    (dict(top_k=5), "top_k 5 with 4 experts"), (dict(top_k=0), "top_k 0 with 4 experts"), (dict(capacity=0), "capacity = 0"), (dict(capacity=-1.), "capacity = -1.0"),
+    (dict(capacity_eval=0.), "capacity_eval = 0.0"), (dict(mixtures=(0, 3)), "mixture position 3 is outside the model: its blocks are 0 to 2"),
+    (dict(mixtures=(-1,)), "mixture position -1"), (dict(mixtures="last 4"), "mixture position -1 is outside"), (dict(mixtures="every third"), "nearest: every second"),
+    (dict(noise=0., load=0.1), "load = 0.1: the load loss needs a router with noise"), (dict(importance=-1.), "importance = -1.0"),
+    (dict(priority="batch"), "priority = 'batch'"), (dict(slots=2), "noise = 1.0 and slots = 2"), (dict(capasity=1.), "nearest: capacity")])
+def test_wrong_settings(student, wrong, said):
+    with pytest.raises(ValueError) as e: student.but(**wrong)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="unknown preset of V-MoE 'bse'; nearest: base"): preset("bse")
+
+
+def test_router_weights_of_another_shape(student):
+    chain, state = student.build(5, 8), student.but(experts=3).build(5, 8).state_dict()
+    with pytest.raises(ValueError, match=r"0.blocks.0.mlp.w1 is \(3, 8, 32\) in it, \(4, 8, 32\) here"): load(chain, state)
+    state = chain.state_dict() | {"1.blocks.1.mlp.router.gate.weight": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match=r"1.blocks.1.mlp.router.gate.weight is \(3, 8\) in it, \(4, 8\) here"): load(chain, state)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_damaged_router_is_named_by_its_block(student, value):
+    chain = student.build(5, 8)
+    with torch.no_grad(): chain[1].blocks[0].mlp.router.gate.weight[0, 0] = value
+    with pytest.raises(FloatingPointError, match="the router of block 1 gives logits that are nan or infinite, for .* of 20 tokens: the router's weights are damaged"):
+        chain(torch.randn(4, 3, 8, 8))
+    with pytest.raises(FloatingPointError, match="the router of block 0 .* for 20 of 20 tokens: its tokens are so already"): chain(torch.full((4, 3, 8, 8), math.nan))
+
+
+def test_a_damaged_router_stops_the_training(student, batches, tmp_path):
+    chain = build(student)
+    with torch.no_grad(): chain[1].blocks[1].mlp.router.gate.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the router of block 2"): train(end_to_end(chain, seed=0), batches, Training(epochs=1, batch_size=16), {"model": tmp_path/"model"})
+
+
+def test_the_hash_depends_on_the_routing(student):
+    assert len({hash_of(student.but(**c)) for c in ({}, dict(capacity=1.), dict(importance=0.1), dict(softmax="before"), dict(mixtures="all"))}) == 5
