@@ -8,7 +8,7 @@ __all__ = ['CIRCUIT_ONLY', 'TINY_PRIORS', 'IMAGENET_PRIORS', 'MICRO_PRIORS', 'Ke
            'LoneReadOut', 'Circuit', 'HingeRepulsion', 'BlockModel', 'NAC', 'resize_grid', 'hand_on', 'preset',
            'attention_received', 'degrees', 'sparsify']
 
-# %% ../nbs/05_nac.ipynb #e48bb79c
+# %% ../nbs/05_nac.ipynb #254ba353
 import copy, functools
 from typing import Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from .modulated import Block, CodeNoise, GraphAttention, Modulation, ModFC, ModF
 from .tokenizers import ConvNeXtStem, Patches, Pooling
 from .vit import Model
 
-# %% ../nbs/05_nac.ipynb #b494c390
+# %% ../nbs/05_nac.ipynb #64f78bc2
 class KernelSettings(Settings):
     "The kernel on signatures, see `graphs.Kernel`."
     truncation: float | None = 0.9
@@ -58,7 +58,7 @@ class Seeding(Settings):
     code_is_state: bool = False
     evaluate: Literal["expected", "sample"] = "expected"
 
-# %% ../nbs/05_nac.ipynb #2a0e2027
+# %% ../nbs/05_nac.ipynb #0d6ef979
 class Seeder(nn.Module):
     "Codes (n, C) -> states (batch, n, D)."
     def __init__(self, code_width, width, settings):
@@ -89,7 +89,8 @@ class LatentNodes(nn.Module):
         seed = int(torch.randint(2**31, (), device="cpu"))
         meta = torch.get_default_device().type == "meta"
         random = torch.randn(latents.count, signature_width)
-        realised = None if latents.prior is None or meta else _realised(latents.prior, latents.count, signature_width, truncation, latents.realise_at, seed)
+        cut = latents.realise_at if truncation is None else truncation
+        realised = None if latents.prior is None or meta else _realised(latents.prior, latents.count, signature_width, cut, latents.realise_at, seed)
         codes = torch.randn(*iterations, 1 if latents.same_codes else latents.count, code_width).expand(*iterations, latents.count, -1).clone()
         self.signatures = nn.Parameter(random if realised is None else realised.clone(), latents.learn_signatures)
         self.codes = nn.Parameter(codes, latents.learn_codes)
@@ -104,7 +105,7 @@ def at(nodes, i):
     "The codes of nodes or latents in propagator i: the same in all, or their own."
     return nodes.codes if nodes.codes.dim() == 2 else nodes.codes[i]
 
-# %% ../nbs/05_nac.ipynb #447ecc05
+# %% ../nbs/05_nac.ipynb #cf9c16e1
 class Sets(NamedTuple):
     "The three sets of nodes of a circuit."
     inputs: Nodes
@@ -168,7 +169,7 @@ class ReadOut(_Module):
         super().__init__(s.read_out, s.width, s.code_width)
         self.attention, self.hears_inputs = GraphAttention(s.width, s.code_width, s.read_out), s.inputs_reach_outputs
         self.head_norm = nn.LayerNorm(s.width) if s.head and s.head_norm else nn.Identity()
-        self.head = ModFC(s.width, classes, s.code_width, s.read_out.modulation) if s.head else None
+        self.head = ModFC(s.width, classes, s.code_width, s.head_modulation or s.read_out.modulation) if s.head else None
         self.pool = s.pool.build(classes if s.head else s.width, classes)
 
     def ends(self, sets):
@@ -183,7 +184,7 @@ class ReadOut(_Module):
 
     def forward(self, sets): return self.pool(self.states(*self.ends(sets)))
 
-# %% ../nbs/05_nac.ipynb #4dfb9eda
+# %% ../nbs/05_nac.ipynb #bb7a2b51
 class _Lone:
     "What a module outside of a circuit has: a free code, learned or not, and a state."
     def isolate(self, s, state):
@@ -209,7 +210,7 @@ class LoneReadOut(_Lone, ReadOut):
     "Tokens (B, N, D) -> logits (B, classes)."
     def forward(self, tokens): return self.pool(self.states(self.latent(len(tokens)), self.nodes(tokens)))
 
-# %% ../nbs/05_nac.ipynb #bee650ad
+# %% ../nbs/05_nac.ipynb #183b775c
 class Circuit(nn.Sequential):
     "A NAC as a chain: `ReadIn`, `Propagator`s, `ReadOut`."
     regularisers = ()
@@ -251,11 +252,11 @@ class BlockModel(Settings):
         if not any(isinstance(k.bandwidth, nn.Parameter) for k in kernels): kernels = kernels[:1]      # all the same
         return {"block_model": self.weight * sum(block_model(k.probabilities(signatures, signatures), self.clusters, self.p_in, self.p_out) for k in kernels)}
 
-# %% ../nbs/05_nac.ipynb #1ef8b7d5
+# %% ../nbs/05_nac.ipynb #8e4340bb
 class NAC(Model):
     """A Neural Attentive Circuit. `share`: what the propagators have in common. `inputs_reach_mediators`: in all propagators, the first, or never.
-    `seeder` None: the first states are learned. `head`: a modulated layer to the classes before pooling. `code`: of modules alone, fixed (as published), or
-    learned and handed on to the circuit."""
+    `seeder` None: the first states are learned. `head`: a modulated layer to the classes before pooling (`head_modulation` None: as in
+    the read-out's attention). `code`: of modules alone, fixed (as published), or learned and handed on to the circuit."""
     width: PositiveInt = 384
     code_width: PositiveInt = 384
     signature_width: PositiveInt = 64
@@ -278,6 +279,7 @@ class NAC(Model):
     mediators_from_inputs: bool = False
     head: bool = False
     head_norm: bool = True
+    head_modulation: Modulation | None = None
     pool: Settings = Pooling()
     regularisers: tuple[Settings, ...] = ()
     code: Literal["fixed", "learned"] = "fixed"
@@ -286,7 +288,8 @@ class NAC(Model):
         super().__init__(**values)
         for latents in (self.inputs, self.mediators, self.outputs):
             if latents.prior is None: continue
-            if self.kernel.truncation is None: raise ValueError("a graph prior needs a kernel with a truncation, but it is None")
+            if self.kernel.truncation is None and latents.realise_at is None:
+                raise ValueError("a graph prior needs a kernel with a truncation, or realise_at, but both are None")
             latents.prior.graph(latents.count, 0)
         for block in (self.read_in, self.propagator, self.read_out): block.head(self.width)
         if self.mediators_from_inputs and self.inputs.count != self.mediators.count:
@@ -343,7 +346,7 @@ def hand_on(circuit, codes):
         for own, code in ((nodes.inputs.codes, first), (nodes.mediators.codes, targets), (nodes.outputs.codes, last)):
             own += code - own.mean(-2, keepdim=True)
 
-# %% ../nbs/05_nac.ipynb #e76085cd
+# %% ../nbs/05_nac.ipynb #368f31f9
 TINY_PRIORS = {"scale-free": ScaleFree(m=2), "planted-partition": PlantedPartition(clusters=8), "ring-of-cliques": RingOfCliques(cliques=8), "erdos-renyi": ErdosRenyi(p=0.1)}
 IMAGENET_PRIORS = TINY_PRIORS | {"scale-free": ScaleFree(m=6), "planted-partition": PlantedPartition(clusters=12), "ring-of-cliques": RingOfCliques(cliques=12)}
 MICRO_PRIORS = TINY_PRIORS | {"planted-partition": PlantedPartition(clusters=4), "ring-of-cliques": RingOfCliques(cliques=4)}
@@ -363,7 +366,7 @@ def preset(name, prior="scale-free"):
     regulariser = BlockModel(clusters=graph.clusters) if isinstance(graph, PlantedPartition) else HingeRepulsion()
     return settings.but(mediators=Latents(count=count, prior=graph), regularisers=(regulariser,))
 
-# %% ../nbs/05_nac.ipynb #b545beff
+# %% ../nbs/05_nac.ipynb #9c912e9b
 def attention_received(circuit, images):
     "How much attention each mediator receives from a receiver, a mean over images, propagators and heads: (mediators,)."
     with evaluating(circuit):

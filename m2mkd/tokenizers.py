@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Tokenizer', 'ConvNeXtStem', 'Patches', 'Pool', 'Pooling', 'First', 'FirstLatent']
 
-# %% ../nbs/05b_tokenizers.ipynb #a9e28990
+# %% ../nbs/05b_tokenizers.ipynb #fb0b5ea5
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import Settings, known, seeded
 
-# %% ../nbs/05b_tokenizers.ipynb #fc922112
+# %% ../nbs/05b_tokenizers.ipynb #ad6552c9
 class Tokenizer(nn.Module):
     "Images (B, 3, H, W) -> tokens (B, h w, `width`): features of `backbone` (of `features` channels) and `positions` learned channels beside them."
     def __init__(self, backbone, features, positions, grid):
@@ -39,7 +39,7 @@ def _tiles(image_size, stride):
     if any(s % stride for s in size): raise ValueError(f"image size {image_size} is not divisible by {stride}, the pixels of a token")
     return tuple(s // stride for s in size)
 
-# %% ../nbs/05b_tokenizers.ipynb #ca2eabd3
+# %% ../nbs/05b_tokenizers.ipynb #4fddf0d2
 PRESETS = {"tiny": (3, 3, 9), "mini": (3, 3, 6), "micro": (3, 3, 3), "nano": (1, 1, 1), "pico": (1, 1, 0), "femto": (1, 0, 0), "atto": (0, 0, 0)}
 
 class ConvNeXtStem(Settings):
@@ -56,7 +56,7 @@ class ConvNeXtStem(Settings):
     def build(self, channels, width, image_size):
         "The tokenizer for images of `channels`, before a circuit of `width`."
         width = self.width or width
-        if width % 4: raise ValueError(f"width {width} of a ConvNeXt stem is not divisible by 4")
+        if width < 4: raise ValueError(f"width {width} of a ConvNeXt stem is less than 4: its first stage has a quarter of it")
         widths = [width // 4, width // 2, width][:self.stages]
         norms = dict(norm_layer=LayerNorm2d, norm_layer_cl=LayerNorm)
         stages = [ConvNeXtStage(a, b, stride=1 if a == b else 2, depth=n, ls_init_value=1e-6, **norms)
@@ -75,7 +75,7 @@ class Patches(Settings):
         "The tokenizer for images of `channels`, before a circuit of `width`."
         return Tokenizer(nn.Conv2d(channels, width, self.size, self.size), width, self.positions, _tiles(image_size, self.size))
 
-# %% ../nbs/05b_tokenizers.ipynb #fddc381e
+# %% ../nbs/05b_tokenizers.ipynb #61c7f324
 class Pool(nn.Module):
     "States (B, U, D) -> logits (B, classes), weighted by confidence."
     def __init__(self, width, classes, settings):
