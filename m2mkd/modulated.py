@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nodes', 'Modulation', 'ModFC', 'CodeNoise', 'Block', 'ModFFN', 'attend', 'GraphAttention', 'ReadInAttention']
 
-# %% ../nbs/05a_modulated.ipynb #c0e646b6
+# %% ../nbs/05a_modulated.ipynb #64ab7738
 import math
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from timm.layers import DropPath, LayerScale
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .core import Settings
 from .graphs import Kernel
 
-# %% ../nbs/05a_modulated.ipynb #32f27483
+# %% ../nbs/05a_modulated.ipynb #dce05226
 class Nodes(NamedTuple):
     "A set of n nodes: states (B, n, D), codes (n, C) or (1, C), and signatures (n, S), or None where no graph is."
     states: torch.Tensor
@@ -29,7 +30,7 @@ class Nodes(NamedTuple):
         "These nodes and, after them, `other`'s."
         return Nodes(*(None if a is None else torch.cat([a, b], -2) for a, b in zip(self, other)))
 
-# %% ../nbs/05a_modulated.ipynb #b67507e6
+# %% ../nbs/05a_modulated.ipynb #16a3edef
 class Modulation(Settings):
     "How a code scales the inputs of a linear layer: the initial gain g, whether it is learned, and whether 1 is added."
     gain: float = 0.1
@@ -57,7 +58,7 @@ class ModFC(nn.Module):
 
     def extra_repr(self): return "inputs={1}, outputs={0}".format(*self.weight.shape)
 
-# %% ../nbs/05a_modulated.ipynb #8491eb43
+# %% ../nbs/05a_modulated.ipynb #72e66223
 class CodeNoise(nn.Module):
     "Codes (n, C) with uniform noise of at most `scale` times their size in training."
     def __init__(self, scale):
@@ -68,10 +69,10 @@ class CodeNoise(nn.Module):
         if not self.training or not self.scale: return codes
         return codes + self.scale * codes.detach().abs() * torch.empty_like(codes).uniform_(-1, 1)
 
-# %% ../nbs/05a_modulated.ipynb #3e0bb46d
+# %% ../nbs/05a_modulated.ipynb #1720a457
 class Block(Settings):
-    """Attention and FFN of one module: `heads` of `head_width` (None: the width of the states over the heads), layer scale (None: none) and drop path of both, residual connections, code noise in units of
-    the code. `share_norm`: receivers and senders pass the same layer norm."""
+    """Attention and FFN of one module: `heads` of `head_width` (None: the width of the states over the heads), layer scale (None: none) and drop path of both, residual connections,
+    code noise in units of the code. `share_norm`: receivers and senders pass the same layer norm."""
     heads: PositiveInt = 6
     head_width: PositiveInt | None = 64
     qkv_bias: bool = False
@@ -116,7 +117,7 @@ class ModFFN(nn.Module):
         message = self.layer_scale(self.fc2(hidden, codes))
         return states + self.drop_path(message) if self.residual else message
 
-# %% ../nbs/05a_modulated.ipynb #4f88fb82
+# %% ../nbs/05a_modulated.ipynb #902ea1c2
 class _Attention(nn.Module):
     "What both attentions have: modulated query, key, value and output layers, layer scale."
     def __init__(self, sender_width, width, code_width, block):
@@ -175,7 +176,7 @@ class GraphAttention(_Attention):
         scores, (log_kernel, _) = q @ k.mT / q.shape[-1]**0.5, self.links(receivers, senders)
         return (scores if log_kernel is None else scores + log_kernel).softmax(-1).nan_to_num()
 
-# %% ../nbs/05a_modulated.ipynb #5925dee2
+# %% ../nbs/05a_modulated.ipynb #35133eb0
 class ReadInAttention(_Attention):
     "Latents (Nodes) read tokens (B, V, T); key and value layers are modulated by the latents' codes."
     def __init__(self, token_width, width, code_width, block):
@@ -188,6 +189,11 @@ class ReadInAttention(_Attention):
         return (q @ self.key.weight.unflatten(0, (self.heads, -1))) * self.key.scales(receivers.codes).to(q.dtype)
 
     def forward(self, receivers, tokens):
+        "New states (B, U, D) of the receivers."
+        return self.leave(receivers, checkpoint(self.messages, receivers, tokens, use_reentrant=False, preserve_rng_state=False))
+
+    def messages(self, receivers, tokens):
+        "What each head has read, (B, H, U, d)."
         q, x = self.absorbed(receivers), self.token_norm(tokens)
         x = x.unsqueeze(1).to(q.dtype)
         scale = (self.value.weight.shape[0] // self.heads)**-0.5
@@ -196,7 +202,7 @@ class ReadInAttention(_Attention):
         messages = read @ self.value.weight.unflatten(0, (self.heads, -1)).mT
         if self.value.bias is not None:
             messages = messages + self.value.bias.unflatten(0, (self.heads, 1, -1)) + 0 * self.key.bias.sum()
-        return self.leave(receivers, messages)
+        return messages
 
     def weights(self, receivers, tokens):
         "The attention (B, H, U, V) itself, for pictures."
