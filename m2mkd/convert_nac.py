@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'KERNEL', 'GRAPH', 'CIRCUIT', 'TOKENIZER', 'LAYERS', 'LATENTS', 'POOL', 'STUDENT', 'LONE', 'nac_settings',
-           'published_name', 'published', 'nac_from_published', 'lone_from_published']
+           'published_name', 'nac_from_published', 'lone_from_published']
 
-# %% ../nbs/10a_convert_nac.ipynb #72211d69
+# %% ../nbs/10a_convert_nac.ipynb #3254c1ba
 import re
 from collections import OrderedDict
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from .chain import Stitch
+from .checkpoint import unwrap
 from .core import known
 from .graphs import Complete, ErdosRenyi, PlantedPartition, RingOfCliques, ScaleFree, WattsStrogatz
 from .modulated import Block, Modulation
 from .nac import NAC, KernelSettings, Latents, LonePropagator, LoneReadIn, LoneReadOut, Seeding
 from .tokenizers import ConvNeXtStem, FirstLatent, Pooling
 
-# %% ../nbs/10a_convert_nac.ipynb #da4dcf3e
+# %% ../nbs/10a_convert_nac.ipynb #4e182264
 def _take(given, what, **defaults):
     "The options `given`, filled up with `defaults`; a ValueError names an option that is not among them, or is missing (its default is `...`)."
     for key in given or {}: known(key, defaults, f"option of {what}")
@@ -170,7 +170,7 @@ def nac_settings(kwargs):
         seeder=_seeder(g), pool=_pool(top.output_tokenizer_kwargs, top.output_tokenizer_type), **tokenizer, **_head(k), **_latent_sets(g), **_communication(g))
     return settings, top.output_dim, image_size
 
-# %% ../nbs/10a_convert_nac.ipynb #8a48fbf4
+# %% ../nbs/10a_convert_nac.ipynb #286c67d9
 TOKENIZER = [(r"backbone\.0\.", "backbone.downsample_layers.0."), (r"backbone\.([1-3])\.downsample", r"backbone.downsample_layers.<\1>"),
              (r"backbone\.([1-3])\.blocks", r"backbone.stages.<\1>"), (r"<(\d)>", lambda m: str(int(m[1]) - 1)),
              (r"conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"), (r"^tokenizer\.grid", "tokenizer.positional_grid.grid")]
@@ -197,20 +197,6 @@ def published_name(key, last):
     place = {0: "read_in", last: "read_out"}.get(int(i), f"propagators.{int(i) - 1}")
     return f"latent_graphs.0.{place}." + re.sub("^attention", "read_in_attention" if place == "read_in" else "latent_attention", _renamed(rest, LAYERS))
 
-def _read(path):
-    if not Path(path).is_file(): raise FileNotFoundError(f"checkpoint {path} is missing")
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"checkpoint {path} is damaged, or holds more than tensors and plain data ({type(e).__name__})") from None
-
-def published(source):
-    "The state dict in a published file (a path; safe loading only), or in a state dict that may be wrapped in {'model': ...}; else a ValueError."
-    state = source if isinstance(source, dict) else _read(source)
-    if isinstance(state, dict) and set(state) == {"model"}: state = state["model"]
-    if not isinstance(state, dict): raise ValueError(f"no published checkpoint: parameters by name are expected, not a {type(state).__name__}")
-    wrong = next((k for k, v in state.items() if not torch.is_tensor(v)), None)
-    if wrong is not None: raise ValueError(f"{wrong!r} in the checkpoint is no tensor; expected parameters by name, or those under 'model' alone")
-    return state
-
 def _filled(module, state, name):
     "`module` with the published `state` loaded strictly, in its precision and in evaluation mode; name(our key) -> the published one, None: keep ours."
     names = {own: name(own) for own in module.state_dict()}
@@ -231,9 +217,9 @@ def nac_from_published(state_dict, kwargs):
     settings, classes, image_size = nac_settings(kwargs)
     given = {n: getattr(settings, n).but(prior=None) for n in ("inputs", "mediators", "outputs")}         # the signatures are in the checkpoint
     circuit = settings.but(**given).build(classes, image_size)
-    return _filled(circuit, published(state_dict), lambda key: published_name(key, settings.propagators + 1))
+    return _filled(circuit, unwrap(state_dict), lambda key: published_name(key, settings.propagators + 1))
 
-# %% ../nbs/10a_convert_nac.ipynb #dc4051d4
+# %% ../nbs/10a_convert_nac.ipynb #f0bb033b
 STUDENT = {**SHARED, "num_heads": 6}
 
 def _split(options, what, **own):
@@ -289,7 +275,7 @@ def lone_from_published(state_dict, kwargs, code=None, state=None):
     module.isolate(settings, state=kind != "mediator")
     before = {} if kind == "readin" else {"before": Stitch((1, top.stitch_dim), (1, k.state_dim))}
     after = {} if kind == "readout" else {"after": Stitch((1, k.state_dim), (1, top.stitch_dim))}
-    stitched = _filled(nn.Sequential(OrderedDict(**before, module=module, **after)), published(state_dict), lambda key: _lone_name(key, kind))
+    stitched = _filled(nn.Sequential(OrderedDict(**before, module=module, **after)), unwrap(state_dict), lambda key: _lone_name(key, kind))
     if code is not None: module.code.data = _given(module.code, code, "the code")
     if state is not None: module.state = _given(module.state, state, "the state")
     return stitched

@@ -8,7 +8,7 @@ __all__ = ['CIRCUIT_ONLY', 'TINY_PRIORS', 'IMAGENET_PRIORS', 'MICRO_PRIORS', 'Ke
            'LoneReadOut', 'Circuit', 'HingeRepulsion', 'BlockModel', 'NAC', 'resize_grid', 'hand_on', 'preset',
            'attention_received', 'degrees', 'sparsify']
 
-# %% ../nbs/05_nac.ipynb #254ba353
+# %% ../nbs/05_nac.ipynb #7c5ed3d7
 import copy, functools
 from typing import Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from .modulated import Block, CodeNoise, GraphAttention, Modulation, ModFC, ModF
 from .tokenizers import ConvNeXtStem, Patches, Pooling
 from .vit import Model
 
-# %% ../nbs/05_nac.ipynb #64f78bc2
+# %% ../nbs/05_nac.ipynb #089b708f
 class KernelSettings(Settings):
     "The kernel on signatures, see `graphs.Kernel`."
     truncation: float | None = 0.9
@@ -58,7 +58,7 @@ class Seeding(Settings):
     code_is_state: bool = False
     evaluate: Literal["expected", "sample"] = "expected"
 
-# %% ../nbs/05_nac.ipynb #0d6ef979
+# %% ../nbs/05_nac.ipynb #a8f77731
 class Seeder(nn.Module):
     "Codes (n, C) -> states (batch, n, D)."
     def __init__(self, code_width, width, settings):
@@ -105,7 +105,7 @@ def at(nodes, i):
     "The codes of nodes or latents in propagator i: the same in all, or their own."
     return nodes.codes if nodes.codes.dim() == 2 else nodes.codes[i]
 
-# %% ../nbs/05_nac.ipynb #cf9c16e1
+# %% ../nbs/05_nac.ipynb #20b92d7d
 class Sets(NamedTuple):
     "The three sets of nodes of a circuit."
     inputs: Nodes
@@ -184,7 +184,7 @@ class ReadOut(_Module):
 
     def forward(self, sets): return self.pool(self.states(*self.ends(sets)))
 
-# %% ../nbs/05_nac.ipynb #bb7a2b51
+# %% ../nbs/05_nac.ipynb #ba36ab05
 class _Lone:
     "What a module outside of a circuit has: a free code, learned or not, and a state."
     def isolate(self, s, state):
@@ -210,7 +210,7 @@ class LoneReadOut(_Lone, ReadOut):
     "Tokens (B, N, D) -> logits (B, classes)."
     def forward(self, tokens): return self.pool(self.states(self.latent(len(tokens)), self.nodes(tokens)))
 
-# %% ../nbs/05_nac.ipynb #183b775c
+# %% ../nbs/05_nac.ipynb #2e2f6ad9
 class Circuit(nn.Sequential):
     "A NAC as a chain: `ReadIn`, `Propagator`s, `ReadOut`."
     regularisers = ()
@@ -252,7 +252,7 @@ class BlockModel(Settings):
         if not any(isinstance(k.bandwidth, nn.Parameter) for k in kernels): kernels = kernels[:1]      # all the same
         return {"block_model": self.weight * sum(block_model(k.probabilities(signatures, signatures), self.clusters, self.p_in, self.p_out) for k in kernels)}
 
-# %% ../nbs/05_nac.ipynb #8e4340bb
+# %% ../nbs/05_nac.ipynb #cad2fb2c
 class NAC(Model):
     """A Neural Attentive Circuit. `share`: what the propagators have in common. `inputs_reach_mediators`: in all propagators, the first, or never.
     `seeder` None: the first states are learned. `head`: a modulated layer to the classes before pooling (`head_modulation` None: as in
@@ -346,7 +346,7 @@ def hand_on(circuit, codes):
         for own, code in ((nodes.inputs.codes, first), (nodes.mediators.codes, targets), (nodes.outputs.codes, last)):
             own += code - own.mean(-2, keepdim=True)
 
-# %% ../nbs/05_nac.ipynb #368f31f9
+# %% ../nbs/05_nac.ipynb #1ce70742
 TINY_PRIORS = {"scale-free": ScaleFree(m=2), "planted-partition": PlantedPartition(clusters=8), "ring-of-cliques": RingOfCliques(cliques=8), "erdos-renyi": ErdosRenyi(p=0.1)}
 IMAGENET_PRIORS = TINY_PRIORS | {"scale-free": ScaleFree(m=6), "planted-partition": PlantedPartition(clusters=12), "ring-of-cliques": RingOfCliques(cliques=12)}
 MICRO_PRIORS = TINY_PRIORS | {"planted-partition": PlantedPartition(clusters=4), "ring-of-cliques": RingOfCliques(cliques=4)}
@@ -363,10 +363,10 @@ def preset(name, prior="scale-free"):
             read_in=Block(heads=3, head_width=16, layer_scale=1.), propagator=Block(heads=3, head_width=16, drop_path=0.1, ffn_drop_path=0.1),
             read_out=Block(heads=3, head_width=16, residual=False, share_norm=False)))}[known(name, ("tiny-imagenet", "imagenet", "micro"), "NAC preset")]
     graph = priors[known(prior, priors, "graph prior of a NAC")]
-    regulariser = BlockModel(clusters=graph.clusters) if isinstance(graph, PlantedPartition) else HingeRepulsion()
+    regulariser = BlockModel(clusters=min(8, graph.clusters)) if isinstance(graph, PlantedPartition) else HingeRepulsion()     # 8 of 12 for ImageNet, as published
     return settings.but(mediators=Latents(count=count, prior=graph), regularisers=(regulariser,))
 
-# %% ../nbs/05_nac.ipynb #9c912e9b
+# %% ../nbs/05_nac.ipynb #725184b0
 def attention_received(circuit, images):
     "How much attention each mediator receives from a receiver, a mean over images, propagators and heads: (mediators,)."
     with evaluating(circuit):
