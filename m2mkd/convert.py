@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'NAMES', 'EXPERTS', 'RENAMED', 'published_settings', 'stacked', 'by_module', 'vmoe_from_published',
-           'vit_from_published', 'to_published', 'lone_from_published', 'nac_from_published', 'read', 'unwrap']
+           'vit_from_published', 'to_published', 'student_from_published', 'nac_from_published', 'read', 'unwrap']
 
-# %% ../nbs/10_convert.ipynb #b6f620e9
+# %% ../nbs/10_convert.ipynb #b6c4b026
 import re
 
 import torch
 
 from .checkpoint import agreed, opened, read, unwrap
-from .convert_nac import lone_from_published, nac_from_published
+from .convert_nac import student_from_published, nac_from_published
 from .core import known
 from .vmoe import VMoE
 
-_all_ = ["lone_from_published", "nac_from_published", "read", "unwrap"]
+_all_ = ["student_from_published", "nac_from_published", "read", "unwrap"]
 
-# %% ../nbs/10_convert.ipynb #3c4d682d
+# %% ../nbs/10_convert.ipynb #471cd4a7
 DEFAULTS = dict(img_size=224, patch_size=16, embed_dim=768, num_heads=12, mlp_ratio=4., qkv_bias=False, num_classes=1000, divided_depths=None,
                 moe_pos=None, num_expert=8, top_k=2, norm_eps=1e-5, drop_path_rate=0.)
 
@@ -44,7 +44,7 @@ def published_settings(settings):
                  drop_path=s["drop_path_rate"])
     return model, s["num_classes"], s["img_size"]
 
-# %% ../nbs/10_convert.ipynb #8ea54408
+# %% ../nbs/10_convert.ipynb #f2c8a1c1
 EXPERTS = {"moe.experts.htoh4.weight": "mlp.w1", "moe.experts.htoh4.bias": "mlp.b1", "moe.experts.h4toh.weight": "mlp.w2", "moe.experts.h4toh.bias": "mlp.b2"}
 RENAMED = EXPERTS | {"moe.gate.gate.": "mlp.router.gate."}
 
@@ -104,7 +104,7 @@ def _turned(key, value):
     "Experts' weights with (out, in) and (in, out) exchanged; all else as it is."
     return value.mT if key.endswith(("htoh4.weight", "h4toh.weight")) else value
 
-# %% ../nbs/10_convert.ipynb #12fa4fbb
+# %% ../nbs/10_convert.ipynb #6b194680
 def _check(state, wanted):
     "ValueError unless `state` has exactly the names and shapes of `wanted`; it names all that differ, by kind."
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape]
@@ -143,7 +143,7 @@ def vmoe_from_published(state_dict, settings):
     or checkpoint, and its constructor's settings; strict, in the precision of the state."""
     return _converted(opened(state_dict), settings)
 
-# %% ../nbs/10_convert.ipynb #866c810e
+# %% ../nbs/10_convert.ipynb #54185402
 def vit_from_published(state_dict, settings=None):
     """The chain of a ViT from Deep-Incubation's published code (a state, `model` or `model_stages`), or, from a file of a single module, this module.
     `settings`: its constructor's, or `model_name` and `divided_depths`; a single module's file has these itself."""
@@ -154,7 +154,7 @@ def vit_from_published(state_dict, settings=None):
         if key in settings: raise ValueError(f"{key} = {settings[key]!r}: a plain ViT has no mixtures; take vmoe_from_published")
     return _converted(state_dict, settings)
 
-# %% ../nbs/10_convert.ipynb #d81e48fe
+# %% ../nbs/10_convert.ipynb #8aeb99c4
 def to_published(chain):
     "The state of a ViT or V-MoE chain under published names: by module and as a whole, experts one by one as (1, out, in)."
     found, first = {}, [0]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'KERNEL', 'GRAPH', 'CIRCUIT', 'TOKENIZER', 'LAYERS', 'LATENTS', 'POOL', 'STUDENT', 'LONE', 'nac_settings',
-           'published_name', 'nac_from_published', 'lone_from_published']
+           'published_name', 'nac_from_published', 'student_from_published']
 
-# %% ../nbs/10a_convert_nac.ipynb #3254c1ba
+# %% ../nbs/10a_convert_nac.ipynb #84f33d96
 import re
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -19,10 +19,10 @@ from .checkpoint import unwrap
 from .core import known
 from .graphs import Complete, ErdosRenyi, PlantedPartition, RingOfCliques, ScaleFree, WattsStrogatz
 from .modulated import Block, Modulation
-from .nac import NAC, KernelSettings, Latents, LonePropagator, LoneReadIn, LoneReadOut, Seeding
+from .nac import NAC, KernelSettings, Latents, StudentPropagator, StudentReadIn, StudentReadOut, Seeding
 from .tokenizers import ConvNeXtStem, FirstLatent, Pooling
 
-# %% ../nbs/10a_convert_nac.ipynb #4e182264
+# %% ../nbs/10a_convert_nac.ipynb #1548ceb9
 def _take(given, what, **defaults):
     "The options `given`, filled up with `defaults`; a ValueError names an option that is not among them, or is missing (its default is `...`)."
     for key in given or {}: known(key, defaults, f"option of {what}")
@@ -170,7 +170,7 @@ def nac_settings(kwargs):
         seeder=_seeder(g), pool=_pool(top.output_tokenizer_kwargs, top.output_tokenizer_type), **tokenizer, **_head(k), **_latent_sets(g), **_communication(g))
     return settings, top.output_dim, image_size
 
-# %% ../nbs/10a_convert_nac.ipynb #286c67d9
+# %% ../nbs/10a_convert_nac.ipynb #7e48ce11
 TOKENIZER = [(r"backbone\.0\.", "backbone.downsample_layers.0."), (r"backbone\.([1-3])\.downsample", r"backbone.downsample_layers.<\1>"),
              (r"backbone\.([1-3])\.blocks", r"backbone.stages.<\1>"), (r"<(\d)>", lambda m: str(int(m[1]) - 1)),
              (r"conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"), (r"^tokenizer\.grid", "tokenizer.positional_grid.grid")]
@@ -219,7 +219,7 @@ def nac_from_published(state_dict, kwargs):
     circuit = settings.but(**given).build(classes, image_size)
     return _filled(circuit, unwrap(state_dict), lambda key: published_name(key, settings.propagators + 1))
 
-# %% ../nbs/10a_convert_nac.ipynb #f0bb033b
+# %% ../nbs/10a_convert_nac.ipynb #7c7ecb26
 STUDENT = {**SHARED, "num_heads": 6}
 
 def _split(options, what, **own):
@@ -232,23 +232,23 @@ def _lone_read_in(options, widths):
     _only(k.read_in_cls, "AttentiveReadIn", "read_in_cls")
     tokenizer, image_size = _tokenizer(k.tokenizer_kwargs, k.tokenizer_type, k.input_dim, widths["width"])
     settings = NAC(**widths, **tokenizer, read_in=_read_in(rest, STUDENT, 1e-6))
-    return LoneReadIn(settings, 1, image_size), settings
+    return StudentReadIn(settings, 1, image_size), settings
 
 def _lone_propagator(options, widths):
     settings = NAC(**widths, propagator=_propagator(options, STUDENT, 1e-6, "mediator", kernel={})[0])
-    return LonePropagator(settings, 0), settings
+    return StudentPropagator(settings, 0), settings
 
 def _lone_read_out(options, widths):
     k, rest = _split(options, "readout", output_dim=..., tokenizer_type="FirstSlotAsLogits", tokenizer_kwargs=None)
     rest, heads = {"include_residual_in_latent_attention": False, **rest}, dict(num_heads=..., head_dim=...)
     block, _, head = _propagator(rest, STUDENT | heads, 1e-6, "readout", kernel={}, pre_output_layernorm=True, use_head=True)
     settings = NAC(**widths, read_out=block, pool=_pool(k.tokenizer_kwargs, k.tokenizer_type), **_head(head))
-    return LoneReadOut(settings, k.output_dim), settings
+    return StudentReadOut(settings, k.output_dim), settings
 
 LONE = {"readin": _lone_read_in, "mediator": _lone_propagator, "readout": _lone_read_out}
 
 def _lone_name(key, kind):
-    "The published name of parameter `key` of a stitched lone module; None for code and state, which are not in the files."
+    "The published name of parameter `key` of a stitched student module; None for code and state, which are not in the files."
     rest = key.removeprefix("module.")
     if rest in ("code", "state"): return None
     if key.startswith(("before.", "after.")): return key.replace("before.linear", "pre_stitch").replace("after.linear", "post_stitch")
@@ -263,7 +263,7 @@ def _given(own, value, what):
         raise ValueError(f"{what} is {tuple(value.shape)}, but the module has {tuple(own.shape)}")
     return value.to(own)
 
-def lone_from_published(state_dict, kwargs, code=None, state=None):
+def student_from_published(state_dict, kwargs, code=None, state=None):
     """A published student module with its stitch layers: Sequential(before, module, after). `kwargs`: its configuration with `share_kwargs`, `stitch_dim` and
     one of `readin`, `mediator`, `readout`; `code` (1, C) and `state` (1 or B, 1, D), which the published files do not hold (None: random)."""
     top = _take(kwargs, "the configuration of a student module", share_kwargs=None, stitch_dim=..., **dict.fromkeys(LONE))

@@ -7,7 +7,7 @@ __all__ = ['PRIORS', 'distance', 'Kernel', 'check_truncation', 'part_size', 'Pri
            'RingOfCliques', 'ErdosRenyi', 'WattsStrogatz', 'Complete', 'prior', 'Realised', 'adjacency', 'matrix',
            'realised', 'realise', 'hinge_repulsion', 'block_model']
 
-# %% ../nbs/04_graphs.ipynb #ed1d51bc
+# %% ../nbs/04_graphs.ipynb #8369fd46
 import math
 from typing import NamedTuple
 
@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 from .core import Settings, generator, known, seed_of
 
-# %% ../nbs/04_graphs.ipynb #879a3e2c
+# %% ../nbs/04_graphs.ipynb #9b225793
 def distance(receivers, senders):
     "One minus the cosine between signatures (U, S) and (V, S): (U, V), in 0..2."
     with torch.autocast(receivers.device.type, enabled=False):
         d = 1 - F.normalize(receivers, dim=-1) @ F.normalize(senders, dim=-1).mT
     return d + (d.clamp(0, 2) - d).detach()
 
-# %% ../nbs/04_graphs.ipynb #ef4b9e63
+# %% ../nbs/04_graphs.ipynb #56963883
 def _log_sigmoid(x):
     "As F.logsigmoid, up to a rounding unit; several times faster on the CPU. Below -80 it is x itself, so nothing underflows."
     return x.clamp(min=-80).sigmoid().log() + (x + 80).clamp(max=0)
@@ -85,7 +85,7 @@ def check_truncation(truncation):
     if truncation is None or not 0 < truncation < 2:
         raise ValueError(f"truncation {truncation} is outside (0, 2): it cuts distances, which are 1 - cosine")
 
-# %% ../nbs/04_graphs.ipynb #e5bb4617
+# %% ../nbs/04_graphs.ipynb #17d87688
 def part_size(nodes, parts, what):
     "The nodes in each of `parts` equal parts; a ValueError if `nodes` cannot be divided so."
     if nodes % parts: raise ValueError(f"{nodes} nodes cannot be divided into {parts} {what} of equal size: take a multiple of {parts}")
@@ -151,7 +151,7 @@ def prior(name):
     "The prior of this name with its default settings; a ValueError names the nearest."
     return PRIORS[known(name, PRIORS, "graph prior")]
 
-# %% ../nbs/04_graphs.ipynb #5a4017c9
+# %% ../nbs/04_graphs.ipynb #8815bf49
 class Realised(NamedTuple):
     "How well signatures realise a graph: its `nodes` and `links`, the links `missing` and `spurious`, their share `error` of the links."
     nodes: int
@@ -175,14 +175,14 @@ def realised(graph, signatures, truncation=0.9):
     links, missing, spurious = (int(a.sum()) for a in (wanted, wanted & ~got, got & ~wanted))
     return Realised(len(wanted), links, missing, spurious, (missing + spurious) / max(links, 1))
 
-# %% ../nbs/04_graphs.ipynb #f3763de0
+# %% ../nbs/04_graphs.ipynb #dcc3eb53
 def realise(graph, dims=64, truncation=0.9, seed=0, realise_at=None, tolerance=0.005):
     """Signatures (n, `dims`) float32 that realise a networkx `graph` at the truncation at which the model cuts, and what they make of it there
     (`Realised`). A ValueError if the error is above `tolerance`. `realise_at`: the distance to realise it at instead, without this check."""
     for t in (truncation, truncation if realise_at is None else realise_at): check_truncation(t)
     wanted = matrix(graph)
     if dims < 1: raise ValueError(f"signatures of {dims} dimensions: they need at least one")
-    start = nn.init.orthogonal_(torch.empty(len(wanted), dims), generator=generator(seed, "signatures"))
+    start = nn.init.orthogonal_(torch.empty(len(wanted), dims, device="cpu"), generator=generator(seed, "signatures"))
     if wanted.fill_diagonal_(True).all(): signatures = start[:1].repeat(len(start), 1)
     else: signatures = _moved(start, wanted, t)
     report = realised(graph, signatures, truncation)
@@ -192,6 +192,7 @@ def realise(graph, dims=64, truncation=0.9, seed=0, realise_at=None, tolerance=0
         f"take more dimensions, or a tolerance above {tolerance:.2%}")
     return signatures, report
 
+@torch.enable_grad()
 def _moved(start, wanted, truncation, margin=0.01, rate=0.03, steps=2000):
     "Signatures from `start` (n, S) moved by the hinge loss until they make the links `wanted` (n, n), or all `steps` are done."
     s = F.normalize(start, dim=-1).requires_grad_()
@@ -207,13 +208,13 @@ def _moved(start, wanted, truncation, margin=0.01, rate=0.03, steps=2000):
         schedule.step()
     return F.normalize(s.detach(), dim=-1) * start.norm(dim=-1).mean()
 
-# %% ../nbs/04_graphs.ipynb #c0443116
+# %% ../nbs/04_graphs.ipynb #cee4e488
 def hinge_repulsion(signatures, hinge=0.4):
     "Minus the sum of the distances below `hinge` over all pairs of `signatures` (n, S): a scalar (NAC, signature hinge repulsion)."
     d = distance(signatures, signatures)
     return -d.masked_fill(d >= hinge, 0).tril(-1).sum()
 
-# %% ../nbs/04_graphs.ipynb #f1afdf58
+# %% ../nbs/04_graphs.ipynb #a33396c5
 def block_model(probabilities, clusters, p_in=0.9, p_out=0.2, clip=None):
     """Mean squared difference of a kernel's `probabilities` (n, n), its rows permuted to fit best, to the block matrix of a planted partition:
     a scalar (NAC, stochastic block model regulariser). Squares below `clip` count as `clip`. A ValueError if `clusters` does not divide n."""
@@ -221,5 +222,5 @@ def block_model(probabilities, clusters, p_in=0.9, p_out=0.2, clip=None):
     target = PlantedPartition(clusters=clusters, p_in=p_in, p_out=p_out).probabilities(n).to(probabilities)
     rows = target[::n // clusters, None]                                # one of each cluster: they are equal
     cost = (rows - probabilities.detach()).square().mean(-1).repeat_interleave(n // clusters, 0)
-    _, order = linear_sum_assignment(cost.cpu().numpy())
+    _, order = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
     return (probabilities[torch.from_numpy(order)] - target).square().clamp(min=clip or 0.).mean()

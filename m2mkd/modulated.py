@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nodes', 'Modulation', 'ModFC', 'CodeNoise', 'Block', 'ModFFN', 'attend', 'GraphAttention', 'ReadInAttention']
 
-# %% ../nbs/05a_modulated.ipynb #6abbb682
+# %% ../nbs/05a_modulated.ipynb #00a431ac
 import math
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .core import Settings
 from .graphs import Kernel
 
-# %% ../nbs/05a_modulated.ipynb #13ca6a5c
+# %% ../nbs/05a_modulated.ipynb #74e54b11
 class Nodes(NamedTuple):
     "A set of n nodes: states (B, n, D), codes (n, C) or (1, C), and signatures (n, S), or None where no graph is."
     states: torch.Tensor
@@ -30,7 +30,7 @@ class Nodes(NamedTuple):
         "These nodes and, after them, `other`'s."
         return Nodes(*(None if a is None else torch.cat([a, b], -2) for a, b in zip(self, other)))
 
-# %% ../nbs/05a_modulated.ipynb #02b46f70
+# %% ../nbs/05a_modulated.ipynb #ae1e8d21
 class Modulation(Settings):
     "How a code scales the inputs of a linear layer: the initial gain g, whether it is learned, and whether 1 is added."
     gain: float = 0.1
@@ -58,7 +58,7 @@ class ModFC(nn.Module):
 
     def extra_repr(self): return "inputs={1}, outputs={0}".format(*self.weight.shape)
 
-# %% ../nbs/05a_modulated.ipynb #35dde802
+# %% ../nbs/05a_modulated.ipynb #bbb4dfdb
 class CodeNoise(nn.Module):
     "Codes (n, C) with uniform noise of at most `scale` times their size in training."
     def __init__(self, scale):
@@ -69,7 +69,7 @@ class CodeNoise(nn.Module):
         if not self.training or not self.scale: return codes
         return codes + self.scale * codes.detach().abs() * torch.empty_like(codes).uniform_(-1, 1)
 
-# %% ../nbs/05a_modulated.ipynb #65dcf7ec
+# %% ../nbs/05a_modulated.ipynb #9553a771
 class Block(Settings):
     """Attention and FFN of one module: `heads` of `head_width` (None: the width of the states over the heads), layer scale (None: none) and drop path of both, residual
     connections, code noise in units of the code. `share_norm`: receivers and senders pass the same layer norm."""
@@ -117,7 +117,7 @@ class ModFFN(nn.Module):
         message = self.layer_scale(self.fc2(hidden, codes))
         return states + self.drop_path(message) if self.residual else message
 
-# %% ../nbs/05a_modulated.ipynb #0e195c6a
+# %% ../nbs/05a_modulated.ipynb #a2142244
 class _Attention(nn.Module):
     "What both attentions have: modulated query, key, value and output layers, layer scale."
     def __init__(self, sender_width, width, code_width, block):
@@ -176,7 +176,7 @@ class GraphAttention(_Attention):
         scores, (log_kernel, _) = q @ k.mT / q.shape[-1]**0.5, self.links(receivers, senders)
         return (scores if log_kernel is None else scores + log_kernel).softmax(-1).nan_to_num()
 
-# %% ../nbs/05a_modulated.ipynb #df1c749a
+# %% ../nbs/05a_modulated.ipynb #e5d43e96
 class ReadInAttention(_Attention):
     "Latents (Nodes) read tokens (B, V, T); key and value layers are modulated by the latents' codes."
     def __init__(self, token_width, width, code_width, block):

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'check_apart', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'digest', 'start_from', 'modules_of',
            'runs_folder', 'figures_folder', 'HybridError', 'Lab']
 
-# %% ../nbs/11_pipeline.ipynb #2daf1b23
+# %% ../nbs/11_pipeline.ipynb #25116596
 import hashlib, importlib.util, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .folder import Folder
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
-# %% ../nbs/11_pipeline.ipynb #319dc847
+# %% ../nbs/11_pipeline.ipynb #9cbb0fe0
 class Task(Settings):
     "Training images and test images (several sets are put together) of one set of classes."
     train: Data
@@ -48,7 +48,7 @@ def check_apart(train, tests):
             raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; "
                              "choose disjoint `per_class` ranges")
 
-# %% ../nbs/11_pipeline.ipynb #3137f401
+# %% ../nbs/11_pipeline.ipynb #b786edad
 class Stitched(Model):
     "The chain of `student` with the stitch layers that fit it to `meta`."
     student: Model
@@ -61,7 +61,7 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
-# %% ../nbs/11_pipeline.ipynb #23502c9f
+# %% ../nbs/11_pipeline.ipynb #8d3cafad
 @dataclass(frozen=True)
 class Stage:
     "A finished stage: its folder, its settings, and the stages that it was built from."
@@ -96,10 +96,11 @@ class Stage:
         return list(found.values())
 
 def _blank(plain):
-    "Plain settings without pretrained weights: what is loaded next needs none."
+    "Plain settings without pretrained weights and graph priors: what is loaded next needs none."
     if isinstance(plain, list): return [_blank(v) for v in plain]
     if not isinstance(plain, dict): return plain
-    return {k: {"pretrained": False, "checkpoint": None}[k] if k in ("pretrained", "checkpoint") else _blank(v) for k, v in plain.items()}
+    blank = {"pretrained": False, "checkpoint": None, "prior": None}
+    return {k: blank[k] if k in blank else _blank(v) for k, v in plain.items()}
 
 def load(path):
     "The model (or the single module) of a finished stage, on the CPU, from settings.json and model.safetensors alone; strict."
@@ -114,7 +115,7 @@ def cost(*stages):
     every = {s.path: s for stage in stages for s in stage.everything()}.values()
     return sum(s.done["flops"] for s in every), sum(s.done["seconds"] for s in every)
 
-# %% ../nbs/11_pipeline.ipynb #7437d41d
+# %% ../nbs/11_pipeline.ipynb #b7e3226e
 def frozen(model, device):
     "`model` on `device`, frozen."
     freeze(model.to(device))
@@ -150,7 +151,7 @@ def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
 
-# %% ../nbs/11_pipeline.ipynb #ea80b0cd
+# %% ../nbs/11_pipeline.ipynb #9910ef1d
 def _home():
     "The checkout that this package lies in, or else the working directory."
     checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
@@ -164,7 +165,7 @@ def figures_folder():
     "Where figures go: `figures` in $M2MKD_RUNS, or in the checkout or the working directory."
     return Path(os.environ.get("M2MKD_RUNS") or _home())/"figures"
 
-# %% ../nbs/11_pipeline.ipynb #62ee2ef1
+# %% ../nbs/11_pipeline.ipynb #3c728352
 class HybridError(ValueError):
     "A teacher module does not fit the meta model."
 

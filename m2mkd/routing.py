@@ -6,7 +6,7 @@
 __all__ = ['SOFTMAX', 'PRIORITIES', 'Routing', 'check_top_k', 'choose', 'Router', 'cv_squared', 'importance_loss', 'load_loss',
            'z_loss', 'capacity_of', 'with_room', 'limited', 'load_share', 'observed', 'Gating', 'losses']
 
-# %% ../nbs/06a_routing.ipynb #d9c70d90
+# %% ../nbs/06a_routing.ipynb #0d7565f5
 import math
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .core import Settings
 
-# %% ../nbs/06a_routing.ipynb #c6c53c42
+# %% ../nbs/06a_routing.ipynb #7a4d2af7
 class Routing(NamedTuple):
     """What a router decided for T tokens: `experts` (T, k) by falling weight, `weights` (T, k), the `logits` (T, E) behind them, the same
     without noise (`clean`), and which of the choices found room: `kept` (T, k), None where there is no limit."""
@@ -40,7 +40,7 @@ def choose(logits, top_k, softmax="after"):
     top = logits.topk(top_k)
     return top.indices, SOFTMAX[softmax](logits, top)
 
-# %% ../nbs/06a_routing.ipynb #10984bb2
+# %% ../nbs/06a_routing.ipynb #4b1ba6d8
 class Router(nn.Module):
     "Tokens (T, D) -> Routing to `top_k` of `experts`; `noise` is its standard deviation in training, in units of 1/E. Errors call it `name`."
     def __init__(self, width, experts, top_k, noise=0., softmax="after", name="a mixture"):
@@ -65,7 +65,7 @@ class Router(nn.Module):
         whose = "the router's weights are damaged" if x[bad].isfinite().all() else "its tokens are so already"
         raise FloatingPointError(f"the router of {self.name} gives logits that are nan or infinite, for {int(bad.sum())} of {len(x)} tokens: {whose}")
 
-# %% ../nbs/06a_routing.ipynb #87d2d31d
+# %% ../nbs/06a_routing.ipynb #e1213b20
 def cv_squared(v):
     "Variance (of the population) over squared mean of the numbers `v` (E,), a scalar."
     return v.var(correction=0) / v.mean().square()
@@ -74,18 +74,18 @@ def importance_loss(clean):
     "Squared coefficient of variation of the experts' summed probabilities; from logits (T, E) without noise."
     return cv_squared(clean.softmax(1).sum(0))
 
-# %% ../nbs/06a_routing.ipynb #0ec8ae72
+# %% ../nbs/06a_routing.ipynb #c31c2f12
 def load_loss(clean, logits, top_k, std):
     "Squared coefficient of variation of the experts' mean probability to be chosen; logits (T, E) without and with noise of deviation `std`."
     threshold = logits.topk(top_k).values[:, -1:]
     return cv_squared(torch.special.ndtr((clean - threshold) / std).mean(0))
 
-# %% ../nbs/06a_routing.ipynb #7c9fe49e
+# %% ../nbs/06a_routing.ipynb #c969a896
 def z_loss(clean):
     "Mean square of the log-sum-exp of logits (T, E) without noise."
     return clean.logsumexp(1).square().mean()
 
-# %% ../nbs/06a_routing.ipynb #cda719b4
+# %% ../nbs/06a_routing.ipynb #0b860e0e
 def capacity_of(factor, tokens, top_k, experts):
     "The number of tokens an expert has room for, at least one; `factor` 1 is room for all if they are spread evenly."
     return max(1, math.ceil(factor * tokens * top_k / experts - 1e-9))
@@ -109,19 +109,21 @@ def limited(routing, capacity, priority="order"):
     kept = with_room(routing.experts, routing.logits.shape[1], capacity, PRIORITIES[priority](routing.logits))
     return routing._replace(weights=routing.weights * kept, kept=kept)
 
-# %% ../nbs/06a_routing.ipynb #f309fd5e
+# %% ../nbs/06a_routing.ipynb #9a6ce588
 def load_share(experts, number):
     "The share (E,) of the choices `experts` (T, k) that falls on each of `number` experts; sums to 1."
     return (experts.flatten()[:, None] == torch.arange(number, device=experts.device)).float().mean(0)
 
 @torch.no_grad()
 def observed(routing):
-    "What a training records: the largest `load_share` (max_share), the share of choices without room (dropped), mean entropy (nats) of a token's probabilities."
+    """What a training records: each expert's `load_share` (load_0, ...) and the largest of them (max_share), the share of choices without room (dropped), the mean
+    entropy (nats) of a token's probabilities."""
     log_p = routing.clean.log_softmax(1)
+    shares = load_share(routing.experts, log_p.shape[1])
     dropped = torch.zeros((), device=log_p.device) if routing.kept is None else 1 - routing.kept.float().mean()
-    return {"max_share": load_share(routing.experts, log_p.shape[1]).max(), "dropped": dropped, "entropy": -(log_p.exp() * log_p).sum(1).mean()}
+    return {"max_share": shares.max(), "dropped": dropped, "entropy": -(log_p.exp() * log_p).sum(1).mean(), **{f"load_{e}": x for e, x in enumerate(shares.unbind())}}
 
-# %% ../nbs/06a_routing.ipynb #f0333f28
+# %% ../nbs/06a_routing.ipynb #1a1123fa
 class Gating(Settings):
     "How tokens find their experts; the defaults are FastMoE's plain gate."
     experts: PositiveInt = 8

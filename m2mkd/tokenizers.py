@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Tokenizer', 'ConvNeXtStem', 'Patches', 'Pool', 'Pooling', 'First', 'FirstLatent']
 
-# %% ../nbs/05b_tokenizers.ipynb #fb0b5ea5
+# %% ../nbs/05b_tokenizers.ipynb #726de115
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import Settings, known, seeded
 
-# %% ../nbs/05b_tokenizers.ipynb #ad6552c9
+# %% ../nbs/05b_tokenizers.ipynb #566e718c
 class Tokenizer(nn.Module):
     "Images (B, 3, H, W) -> tokens (B, h w, `width`): features of `backbone` (of `features` channels) and `positions` learned channels beside them."
     def __init__(self, backbone, features, positions, grid):
@@ -39,7 +39,7 @@ def _tiles(image_size, stride):
     if any(s % stride for s in size): raise ValueError(f"image size {image_size} is not divisible by {stride}, the pixels of a token")
     return tuple(s // stride for s in size)
 
-# %% ../nbs/05b_tokenizers.ipynb #4fddf0d2
+# %% ../nbs/05b_tokenizers.ipynb #dfd75df3
 PRESETS = {"tiny": (3, 3, 9), "mini": (3, 3, 6), "micro": (3, 3, 3), "nano": (1, 1, 1), "pico": (1, 1, 0), "femto": (1, 0, 0), "atto": (0, 0, 0)}
 
 class ConvNeXtStem(Settings):
@@ -75,7 +75,7 @@ class Patches(Settings):
         "The tokenizer for images of `channels`, before a circuit of `width`."
         return Tokenizer(nn.Conv2d(channels, width, self.size, self.size), width, self.positions, _tiles(image_size, self.size))
 
-# %% ../nbs/05b_tokenizers.ipynb #61c7f324
+# %% ../nbs/05b_tokenizers.ipynb #d48d2659
 class Pool(nn.Module):
     "States (B, U, D) -> logits (B, classes), weighted by confidence."
     def __init__(self, width, classes, settings):
@@ -85,6 +85,7 @@ class Pool(nn.Module):
     def weights(self, states):
         "The weights (B, U) of the latents."
         s, confidences = self.settings, self.confidence(states)[..., 0]
+        confidences = confidences.to(torch.promote_types(confidences.dtype, torch.float32))
         if s.softmax == "plain" or not (self.training or s.evaluate == "sample"): return (confidences / s.temperature).softmax(-1)
         return F.gumbel_softmax(confidences, s.temperature, hard=s.softmax == "gumbel_hard")
 

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Plan', 'plan', 'deal', 'collect', 'looped', 'compute_dtype', 'grouped', 'path_for', 'apply_experts',
            'Experts', 'Mixture', 'upcycle', 'SoftMixture', 'positions_of', 'VMoE', 'preset', 'from_dense', 'routings']
 
-# %% ../nbs/06_vmoe.ipynb #4dcdb4aa
+# %% ../nbs/06_vmoe.ipynb #493fe423
 import re
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from .core import known
 from .routing import Gating, Router, limited, losses, observed
 from .vit import Model, check_patch, from_chain, to_chain
 
-# %% ../nbs/06_vmoe.ipynb #68b22edd
+# %% ../nbs/06_vmoe.ipynb #7601bd91
 class Plan(NamedTuple):
     """Row r of the R sorted copies is copy `order[r]` (token `order[r] // k`); copy c is row `inverse[c]`, if it is `kept` (None: all are); e's
     rows end before `ends[e]` (int32)."""
@@ -45,7 +45,7 @@ def plan(experts, number, kept=None, capacity=None):
     ends[-1:].fill_(rows)
     return Plan(order[:rows], inverse * kept, ends, kept)
 
-# %% ../nbs/06_vmoe.ipynb #5adf4113
+# %% ../nbs/06_vmoe.ipynb #41f0a91d
 class _Rows(torch.autograd.Function):
     "Row r of the result is row index[r] // k of x; backward gathers by `back`, drops what is not `kept`, and adds the k copies of a row up."
     @staticmethod
@@ -70,7 +70,7 @@ def collect(y, p, weights):
     copies = _Rows.apply(y, p.inverse, p.order, None, 1).unflatten(0, weights.shape)
     return (copies * weights.to(y.dtype).unsqueeze(-1)).sum(1)
 
-# %% ../nbs/06_vmoe.ipynb #a0785300
+# %% ../nbs/06_vmoe.ipynb #697d64ca
 class _Looped(torch.autograd.Function):
     "One expert after the other; keeps the rows x (R, D) and their hidden states before GELU (R, H) if `keep`."
     @staticmethod
@@ -103,7 +103,7 @@ def looped(x, ends, w1, b1, w2, b2):
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return _Looped.apply(x, sizes, torch.is_grad_enabled(), *(w.to(x.dtype) for w in (w1, b1, w2, b2)))
 
-# %% ../nbs/06_vmoe.ipynb #477f277f
+# %% ../nbs/06_vmoe.ipynb #81d8f567
 def compute_dtype(x):
     "What a matrix product of `x` is computed in: autocast's type where that is on, else its own."
     auto = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -122,7 +122,7 @@ def grouped(x, ends, w1, b1, w2, b2):
     one_hot = (owner[:, None] == torch.arange(len(ends), device=x.device)).to(x.dtype)
     return _grouped_linear(F.gelu(_grouped_linear(x, ends, one_hot, w1, b1)), ends, one_hot, w2, b2)
 
-# %% ../nbs/06_vmoe.ipynb #fe1959d6
+# %% ../nbs/06_vmoe.ipynb #7dff69d0
 def path_for(device, dtype, widths, capability=0):
     "`grouped` where it has a fast kernel: bfloat16 on CUDA of compute capability 9 and more, `widths` multiples of 8; else `looped`."
     fast = device == "cuda" and dtype == torch.bfloat16 and capability >= 9
@@ -133,7 +133,7 @@ def apply_experts(x, ends, w1, b1, w2, b2):
     capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
     return path_for(x.device.type, compute_dtype(x), w1.shape[1:], capability)(x, ends, w1, b1, w2, b2)
 
-# %% ../nbs/06_vmoe.ipynb #c0f75697
+# %% ../nbs/06_vmoe.ipynb #a9f13fde
 class Experts(nn.Module):
     "The stacked weights of `experts` MLPs, for subclasses to draw with `reset_parameters`; `equal`: all experts start from the same numbers."
     def __init__(self, width, hidden, experts, equal=False):
@@ -168,10 +168,12 @@ class Mixture(Experts):
         tokens, g = x.flatten(0, -2), self.gating
         capacity = g.room(len(tokens), self.training)
         routing = limited(self.router(tokens), capacity, g.priority)
-        if self.training: self.own_losses, self.seen = losses(routing, g), observed(routing)
+        self.own_losses, self.seen = (losses(routing, g), observed(routing)) if self.training else ({}, self.seen)
         p = plan(routing.experts, g.experts, routing.kept, capacity)
         rows = deal(tokens.to(compute_dtype(tokens)), p, g.top_k)
         return collect(self.apply_to(rows, p.ends), p, routing.weights).unflatten(0, x.shape[:-1])
+
+    def __getstate__(self): return {**self.__dict__, "own_losses": {}}      # a copy has no graph to go back through
 
     def auxiliary(self):
         "The weighted losses of the last forward pass in training, once: {name: scalar}."
@@ -182,14 +184,14 @@ class Mixture(Experts):
         "What `routing.observed` saw in the last forward pass in training: {name: scalar}."
         return self.seen
 
-# %% ../nbs/06_vmoe.ipynb #c12eb4aa
+# %% ../nbs/06_vmoe.ipynb #ba699a2f
 def upcycle(mixture, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     "Every expert of `mixture` gets the weights of a dense MLP, as torch's Linear has them (out, in)."
     own = mixture.w1, mixture.b1, mixture.w2, mixture.b2
     with torch.no_grad():
         for w, dense in zip(own, (fc1_weight.T, fc1_bias, fc2_weight.T, fc2_bias)): w.copy_(dense.expand_as(w))
 
-# %% ../nbs/06_vmoe.ipynb #79bdb45f
+# %% ../nbs/06_vmoe.ipynb #4d6ed743
 class SoftMixture(Experts):
     "Tokens (B, N, D) -> (B, N, D): Soft MoE with `slots` an expert."
     def __init__(self, width, hidden, experts=8, slots=1, equal=False):
@@ -209,7 +211,7 @@ class SoftMixture(Experts):
         y = self.apply_to(slots.flatten(0, 2), torch.arange(each, each * len(slots) + 1, each, dtype=torch.int32, device=x.device))
         return logits.softmax(2) @ y.view_as(slots).transpose(0, 1).flatten(1, 2)
 
-# %% ../nbs/06_vmoe.ipynb #0f1942a7
+# %% ../nbs/06_vmoe.ipynb #1e11ede2
 def positions_of(mixtures, blocks):
     "The numbers of the blocks that are mixtures: of `all` (or None), `every second` (1, 3, ...), `last n`, or a list."
     if not isinstance(mixtures, str): found = tuple(range(blocks)) if mixtures is None else tuple(mixtures)
@@ -278,7 +280,7 @@ def preset(name, **changes):
     "VMoE settings by name: micro, small, base, large (the last three as ViT-S, -B, -L: patch 16, 8 experts in every block, 4 modules)."
     return VMoE(**{**PRESETS[known(name, PRESETS, "preset of V-MoE")], **changes})
 
-# %% ../nbs/06_vmoe.ipynb #3a45b0fe
+# %% ../nbs/06_vmoe.ipynb #b9b0fa9b
 def from_dense(chain, dense):
     """Load the timm ViT `dense` (or a chain of it, however cut) into the V-MoE `chain`, strictly, its MLPs into every expert of their block; returns
     the names that are new: the routers'."""
@@ -294,7 +296,7 @@ def from_dense(chain, dense):
         state |= {f"blocks.{i}.mlp.{name}": value for name, value in block.mlp.named_parameters() if "." not in name}
     return load(vit, state, [(r"mlp\.router\.", lambda old, own: own)])
 
-# %% ../nbs/06_vmoe.ipynb #dbb0c7da
+# %% ../nbs/06_vmoe.ipynb #f1b5cdd0
 def routings(model, images):
     "What the routers of `model` decide in evaluation mode for images (B, 3, H, W): {name of the mixture: Routing}; an image's tokens stand together."
     found = {}
