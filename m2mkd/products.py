@@ -25,7 +25,7 @@ if ONEDNN is not None:
 
 def suits(x, weight):
     "Whether oneDNN computes the product of `x` (..., in) and `weight` (out, in): it is large, in float32, on the CPU, and nobody rewrites or casts it."
-    return (ONEDNN is not None and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) >= LARGE
+    return (ONEDNN is not None and x.is_cpu and x.dim() > 1 and x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) >= LARGE
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
 
 class _Linear(torch.autograd.Function):

@@ -14,6 +14,7 @@ from m2mkd.modulated import Block, Modulation, ModFC, Nodes
 from m2mkd.nac import NAC, BlockModel, HingeRepulsion, KernelSettings, Latents, Seeding, at, preset
 from m2mkd.pipeline import Lab, Task
 from m2mkd.plain import plain
+from m2mkd.products import ONEDNN, suits
 from m2mkd.tokenizers import ConvNeXtStem, FirstLatent, Patches, Pooling
 from m2mkd.train import Runtime, Training
 from m2mkd.vit import Meta, ViT
@@ -286,6 +287,15 @@ def test_the_absorbed_read_in_is_the_plain_one(bias):
     inputs = [tokens, *(p for n, p in attention.named_parameters())]
     one, two = ((y := f(nodes, tokens), *torch.autograd.grad(weigh(y), inputs, retain_graph=True)) for f in (attention, oracle))
     for a, b in zip(one, two, strict=True): close(a, b)
+
+def test_large_products_give_the_numbers_of_the_plain_form():
+    with seeded(0, "circuit"): circuit, images = preset("micro").but(mediators=Latents(count=32)).build(10, 48).train(), torch.randn(16, 3, 48, 48)
+    assert ONEDNN is None or suits(torch.empty(16, 32, 48), torch.empty(96, 48)), "the products are to be large enough for oneDNN"
+    def results(c):
+        with seeded(0, "step"): loss = c(images).square().sum()
+        return torch.autograd.grad(loss, [p for p in c.parameters() if p.requires_grad], allow_unused=True)
+    for (name, _), ours, theirs in zip(((n, p) for n, p in circuit.named_parameters() if p.requires_grad), results(circuit), results(plain(circuit))):
+        if theirs is not None: assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5, name
 
 def test_what_assembly_leaves_untouched():
     with seeded(0, "init"): modules = MICRO.alone(5, 8)
