@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .core import Settings
-from .graphs import Kernel
 from .products import attend, linear
 
 # %% ../nbs/05a_modulated.ipynb #74e54b11

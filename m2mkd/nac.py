@@ -22,7 +22,7 @@ from .chain import evaluating, renew
 from .core import Settings, generator, known
 from .graphs import ErdosRenyi, Kernel, PlantedPartition, RingOfCliques, ScaleFree, block_model, hinge_repulsion, realise
 from .modulated import Block, CodeNoise, GraphAttention, Modulation, ModFC, ModFFN, Nodes, ReadInAttention
-from .tokenizers import ConvNeXtStem, Patches, Pooling
+from .tokenizers import ConvNeXtStem, Pooling
 from .vit import Model
 
 # %% ../nbs/05_nac.ipynb #f1abec77
