@@ -11,7 +11,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # %% ../nbs/01a_products.ipynb #3aa951fe
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -19,7 +19,7 @@ LARGE = 2**20                       # multiplications from which on oneDNN's fix
 
 def _by_onednn(x, weight, bias=None): return ONEDNN(x, weight, bias, "none", [], "")
 
-if ONEDNN is not None:
+if ONEDNN is not None and ONEDNN not in flop_registry:              # not again where the module is loaded again
     @register_flop_formula(ONEDNN)
     def _flops(x, weight, *args, out_shape=None, **kwargs): return 2 * math.prod(x) * weight[0]
 
