@@ -71,7 +71,7 @@ class PlainReadInAttention(ReadInAttention):
 PLAIN = {Kernel: PlainKernel, ModFC: PlainModFC, ModFFN: PlainFFN, GraphAttention: PlainGraphAttention, ReadInAttention: PlainReadInAttention}
 
 def plain(circuit, kinds=PLAIN):
-    "A circuit (or a module of one) that has the parameters and buffers of `circuit`, the same tensors, and computes the published equations as they stand; of `kinds` only these modules."
+    "A circuit (or a module of one) that has the tensors of `circuit` as its parameters and buffers, and in the modules of `kinds` computes the published equations as they stand."
     shared = copy.deepcopy(circuit, {id(t): t for t in (*circuit.parameters(), *circuit.buffers())})
     for module in shared.modules(): module.__class__ = kinds.get(type(module), type(module))
     return shared
