@@ -17,8 +17,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 LARGE = 2**20                       # multiplications from which on oneDNN's fixed costs do not count
 
-def _by_onednn(x, weight, bias=None): return ONEDNN(x, weight, bias, "none", [], "")
-
 if ONEDNN is not None and ONEDNN not in flop_registry:              # not again where the module is loaded again
     @register_flop_formula(ONEDNN)
     def _flops(x, weight, *args, out_shape=None, **kwargs): return 2 * math.prod(x) * weight[0]
@@ -32,7 +30,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _by_onednn(x, weight, bias)
+        return ONEDNN(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad):
