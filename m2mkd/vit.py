@@ -20,6 +20,7 @@ from torch import nn
 
 from .chain import assemble, check_depths, load, renew, split
 from .core import Settings, known
+from .products import with_linear
 
 # %% ../nbs/03_vit.ipynb #cd2ec6c0
 BEFORE = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
@@ -133,7 +134,7 @@ class ViT(Model):
         vit = timm.create_model(self.name, pretrained=self.pretrained, num_classes=classes, img_size=image_size, **options)
         check_patch(image_size, vit.patch_embed.patch_size[0])
         if state: load(vit, state, CHECKPOINT_RULES)
-        return vit
+        return with_linear(vit)
 
     def build(self, classes, image_size): return to_chain(self.vit(classes, image_size), self.depths)
 

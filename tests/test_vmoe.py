@@ -1,5 +1,5 @@
 "V-MoE: the laws of mixtures, and what crosses modules: joint use with chain, vit, train and distill. Parity with the published code: test_convert_vmoe."
-import copy, json, math
+import contextlib, copy, json, math
 
 import pytest, torch
 from timm.layers import Mlp
@@ -85,6 +85,21 @@ def test_the_grouped_path_on_a_gpu_does_not_wait_and_agrees():
         patch.setattr("m2mkd.vmoe.path_for", lambda *_: looped)
         slow = run()
     for a, b in zip(fast, slow): assert (a - b).abs().max() <= 3e-2 * a.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(noise=1., importance=0.1, load=0.1, z=0.1, capacity=1.05, priority="weight")], ids=["plain", "everything"])
+def test_the_grouped_path_needs_no_value_of_a_tensor(changes, monkeypatch):
+    "It runs forward and backward on meta, where there are shapes and no values: so nothing in it can wait for a device. The loop has to read the ranges."
+    with torch.device("meta"): m, x = Mixture(64, 256, **changes).bfloat16(), torch.empty(4, 50, 64, dtype=torch.bfloat16, requires_grad=True)
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: contextlib.nullcontext())       # which meta does not know
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr("m2mkd.vmoe.path_for", lambda *_: grouped)
+    y = m(x)
+    inputs = [x, *m.parameters()]
+    gradients = torch.autograd.grad(sum(m.auxiliary().values(), y.float().square().sum()), inputs)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype) and [g.shape for g in gradients] == [t.shape for t in inputs] and set(m.auxiliary()) == set()
+    monkeypatch.setattr("m2mkd.vmoe.path_for", lambda *_: looped)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"): m(x)
 
 
 # --- laws ---
@@ -183,6 +198,30 @@ def test_frozen_experts_let_the_gradient_through(x):
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(m(leaf).square().sum(), leaf)[0]
     assert torch.equal(by_tokens(free.eval()), by_tokens(frozen)) and all(p.grad is None for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("piece", [1, 4, 7])
+def test_pieces_add_up(x, piece, monkeypatch):
+    "Experts take their rows in pieces; here of a few rows, where elsewhere one piece holds all, and with an expert that has none."
+    m = mixture()
+    with torch.no_grad(): m.router.gate.bias[1] = -100.
+    whole = outputs(m, x)
+    monkeypatch.setattr("m2mkd.vmoe.PIECE", piece)
+    for a, b in zip(outputs(m, x), whole, strict=True): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_large_experts_in_float32_are_those_in_float64():
+    "At sizes whose products go to oneDNN where there is one, in more than one piece an expert."
+    with seeded(0, "large"): m, x = Mixture(96, 192, experts=2, top_k=2), torch.randn(1100, 96)
+    found, exact = outputs(m, x), outputs(copy.deepcopy(m).double(), x.double())
+    for a, b in zip(found, exact, strict=True): assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(outputs(m, x), found))
+
+
+def test_no_tokens_at_all():
+    m, x = mixture(), torch.empty(0, 5, 16, dtype=torch.float64)
+    y, *gradients = outputs(m, x)
+    assert y.shape == x.shape and not any(g.any() for g in gradients)
 
 
 def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(x):
