@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .products import Linear
+
 # %% ../nbs/01_chain.ipynb #b1680ff1
 def check_depths(depths, layers):
     "`depths` as a tuple of positive numbers that sum to `layers`; else a ValueError with both numbers."
@@ -86,7 +88,7 @@ class Stitch(nn.Module):
         if {len(source), len(target)} - {2, 3}:
             raise ValueError(f"cannot stitch {source} to {target}: tokens (N, D) or maps (D, H, W) flow in a chain")
         self.norm = nn.LayerNorm(_width(source)) if norm else nn.Identity()
-        self.linear = nn.Linear(_width(source), _width(target))
+        self.linear = Linear(_width(source), _width(target))
         grids = None if len(source) == len(target) == 2 else (_grid(source, "source"), _grid(target, "target"))
         self.grids, self.to_map = grids, len(target) == 3
 

@@ -24,13 +24,15 @@ if ONEDNN is not None and ONEDNN not in flop_registry:              # not again 
 
 def suits(x, weight):
     "Whether oneDNN computes the product of `x` (..., in) and `weight` (out, in): it is large, in float32, on the CPU, and nobody rewrites, transforms or casts it."
-    return (ONEDNN is not None and x.is_cpu and x.dim() > 1 and x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) >= LARGE
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active())
+    rewritten = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
+    return (not rewritten and ONEDNN is not None and torch.backends.mkldnn.enabled and x.is_cpu and x.dim() > 1 and x.dtype == weight.dtype == torch.float32
+            and x.numel() * len(weight) >= LARGE)
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        dx, dw, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if dw else None, weight if dx else None)
         return ONEDNN(x, weight, bias, "none", [], "")
 
     @staticmethod

@@ -87,8 +87,8 @@ def auxiliary(model):
     return {name: sum(values) for name, values in _gathered(model, "auxiliary").items()}
 
 def with_auxiliary(terms, model):
-    "A loss's `terms` with what `model` adds: `auxiliary` to `loss`, each also under its name, and the means of its submodules' `observed()`."
-    extra, seen = auxiliary(model), {name: torch.stack(values).mean() for name, values in _gathered(model, "observed").items()}
+    "A loss's `terms` with what `model` adds: `auxiliary` to `loss`, each also under its name, and what its n submodules `observed()`, (n,) by name."
+    extra, seen = auxiliary(model), {name: torch.stack(values) for name, values in _gathered(model, "observed").items()}
     names = [*terms, *extra, *seen]
     if (twice := [n for n in names if names.count(n) > 1]): raise ValueError(f"two terms of a loss have the name {twice[0]!r}; auxiliary() and observed() need others")
     return terms | extra | seen | {"loss": sum(extra.values(), terms["loss"])}
@@ -147,6 +147,14 @@ class Learner:
         if self.average: self.average.module.load_state_dict(state["average"])
 
 # %% ../nbs/07_train.ipynb #2b0845c1
+def _whence(model, terms):
+    "For an error: from which submodule of `model` on what was `observed()`, in the `terms` of one step, is not finite; empty if all is."
+    for key, values in terms.items():
+        if values.dim() and not (ok := values.isfinite()).all():
+            observers = [name for name, m in model.named_modules() if key in getattr(m, "observed", dict)()]
+            if len(observers) == len(ok): return f" ({key} from {observers[int((~ok).nonzero()[0])]} on)"
+    return ""
+
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
@@ -194,22 +202,23 @@ class Trainer:
         self.pending.append(terms)
         self.step += 1
 
-    def read(self, name):
-        "The pending terms of one learner as means over steps; a loss that is not finite stops the run."
-        rows = [terms[name] for terms in self.pending]
+    def read(self, learner):
+        "The pending terms of a learner as means over steps and submodules; a loss that is not finite stops the run."
+        rows = [terms[learner.name] for terms in self.pending]
         means = {}
         for key in rows[0]:
-            values = torch.stack([r[key].float() for r in rows])
+            values = torch.stack([r[key].float() for r in rows]).view(len(rows), -1)
             if not (ok := values.isfinite()).all():
-                step = self.step - len(rows) + int((~ok).nonzero()[0]) + 1
+                row = int((~ok).nonzero()[0, 0])
+                step, where = self.step - len(rows) + row + 1, _whence(learner.bare, rows[row])
                 kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint had been written"
-                raise FloatingPointError(f"{key} of {name} became {values[~ok][0].item()} in step {step} of {self.steps}; {kept}")
+                raise FloatingPointError(f"{key} of {learner.name} became {values[~ok][0].item()} in step {step} of {self.steps}{where}; {kept}")
             means[key] = values.mean().item()
         return means
 
     def flush(self, results):
         "Check and record the pending steps, with the results of an evaluation if there was one."
-        means = {x.name: self.read(x.name) for x in self.learners}
+        means = {x.name: self.read(x) for x in self.learners}
         for x in self.learners:
             line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(self.seconds, 2))
             line |= results.get(x.name, {})
@@ -247,7 +256,7 @@ class Trainer:
                     early = [*early, took][:5]
                     if len(early) == 5 and (self.step == 5 < self.steps): bar.write(self.cost(sum(early[1:]) / 4))
                     if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
-                for x in self.learners: self.read(x.name)                    # a loss that is not finite stops here, before the evaluation
+                for x in self.learners: self.read(x)                    # a loss that is not finite stops here, before the evaluation
                 self.seconds += time.perf_counter() - start                  # what the device still had to do
                 last = self.evaluated(epoch + 1)
                 self.record(last)
