@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import read_json, sha256, to_plain, whole, write_json
+from .core import from_plain, read_json, sha256, to_plain, whole, write_json
 
 # %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
@@ -50,7 +50,9 @@ class Folder:
 
     def check(self, settings):
         "ValueError that names the first difference, if the folder is there and was made with other settings (plain data or Settings)."
-        if (self/"settings.json").exists() and (d := _first_difference(read_json(self/"settings.json"), json.loads(json.dumps(to_plain(settings))))):
+        if not (self/"settings.json").exists(): return self
+        both = read_json(self/"settings.json"), to_plain(settings)
+        if (d := _first_difference(*(to_plain(from_plain(x)) for x in both))):
             raise ValueError(f"run folder {self.path} was made with other settings: {d[0]} is {d[1]!r} there, {d[2]!r} here")
         return self
 

@@ -34,7 +34,7 @@ def test_all_that_is_trained_learns(runs):
 
 def test_stages_hold_the_models_of_the_notebook(runs):
     models = {p.name.rpartition("-")[0]: json.loads((p/"settings.json").read_text()).get("model") for p in runs.iterdir() if p.is_dir()}
-    assert models["teacher"]["class"] == "__main__:ConvNet" and models["m2mkd"]["class"] == "__main__:Mixer"
+    assert models["teacher"]["class"] == "ConvNet" and models["m2mkd"]["class"] == "Mixer"
     assert models["distill-1"]["student"] == models["m2mkd"] and models["distill-1"]["meta"] == models["meta"]
 
 
