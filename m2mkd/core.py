@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #fe53cd12
@@ -207,13 +206,10 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #ea81d706
-def _grouped_flops(a, b, *args, out_shape=None, **kwargs):
-    "FLOPs of grouped_mm: only where both factors are 3-dimensional does each group have the whole m x k and k x n."
-    return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
-
 def flop_counter():
-    "A context that counts the FLOPs of what runs in it, forward and backward: `get_total_flops()`."
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+    "`measure.flop_counter`."
+    from m2mkd import measure
+    return measure.flop_counter()
 
 # %% ../nbs/00_core.ipynb #a0856550
 def _assigned(source):

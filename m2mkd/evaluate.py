@@ -7,7 +7,7 @@ __all__ = ['Result', 'evaluate_all', 'evaluate', 'Agreement', 'agreement', 'Inte
            'cost']
 
 # %% ../nbs/09_evaluate.ipynb #865b11d7
-import contextlib, itertools
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from scipy.special import stdtrit
 from torchmetrics.functional.classification import multiclass_stat_scores
 
 from .chain import evaluating
-from .core import flop_counter, seed_of, seeded
+from .core import seed_of, seeded
+from .measure import flop_counter
 
 # %% ../nbs/09_evaluate.ipynb #c010d281
 @dataclass(frozen=True, eq=False)
@@ -154,15 +155,8 @@ class Cost(NamedTuple):
     parameters: int
     flops: int
 
-@contextlib.contextmanager
-def _unfused():
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
-    finally: torch.backends.mha.set_fastpath_enabled(before)
-
 def cost(model, images):
     "The Cost of `model` for one pass of `images` (B,3,H,W), in eval mode; divide by B for one image."
-    with evaluating(model), seeded(0, "cost"), _unfused(), flop_counter() as counter:
+    with evaluating(model), seeded(0, "cost"), flop_counter() as counter:
         model(_like_weights(model, images))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())

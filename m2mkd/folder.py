@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import from_plain, read_json, sha256, to_plain, whole, write_json
+from .products import rule
 
 # %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
@@ -28,11 +29,13 @@ def code():
     return commit and commit + ("+" if changed else "")
 
 def environment(device="cpu"):
-    "Commit, versions, device name and number of threads of this process."
+    """Commit, versions, device name, number of threads; the processor's name and torch's word for what it can do, the BLAS that torch has, and who
+    computes large products (`products.rule`). None: not to be found out."""
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "accelerate", "kornia", "numpy")}
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine() + " cpu"
     return dict(commit=code(), versions=dict(python=platform.python_version(), **versions),
-                device=name, threads=torch.get_num_threads())
+                device=name, threads=torch.get_num_threads(), processor=(on := rule()).processor, capability=on.capability, blas=on.blas,
+                products=on.products)
 
 # %% ../nbs/00a_folder.ipynb #030d0911
 def _first_difference(a, b, where=""):

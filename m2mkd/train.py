@@ -24,9 +24,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from .chain import freeze, load
-from .core import Settings, flop_counter, known, progress, seeded
+from .core import Settings, known, progress, seeded
 from .data import Augment
 from .folder import Folder
+from .measure import flop_counter
 
 # %% ../nbs/07_train.ipynb #effbcb21
 class Training(Settings):

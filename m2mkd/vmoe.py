@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .chain import check_depths, evaluating, load
 from .core import known
-from .products import linear, with_linear
+from .products import with_linear
 from .routing import Gating, Router, limited, losses, observed
 from .vit import Model, check_patch, from_chain, to_chain
 
@@ -90,8 +90,8 @@ class _Looped(torch.autograd.Function):
     def forward(ctx, x, pieces, keep, w1, b1, w2, b2):
         y, kept = torch.empty_like(x), []
         for e, r, out in _cut(pieces, x, y):
-            hidden = linear(r, w1[e].mT, b1[e])
-            out.copy_(linear(F.gelu(hidden), w2[e].mT, b2[e]))
+            hidden = F.linear(r, w1[e].mT, b1[e])
+            out.copy_(F.linear(F.gelu(hidden), w2[e].mT, b2[e]))
             if keep: kept.append(hidden)
         ctx.pieces, ctx.trains = pieces, any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if ctx.trains else None, w1, b1, w2, b2, *kept)
@@ -104,12 +104,12 @@ class _Looped(torch.autograd.Function):
         dx, (dw1, db1, dw2, db2) = torch.empty_like(grad), [torch.zeros_like(t) if ctx.trains else None for t in (w1, b1, w2, b2)]
         inputs = x if ctx.trains else grad                            # of a frozen expert nobody asks for them
         for (e, r, g, out), h in zip(_cut(ctx.pieces, inputs, grad.contiguous(), dx), hidden):
-            dh = torch.ops.aten.gelu_backward(linear(g, w2[e]), h)
-            out.copy_(linear(dh, w1[e]))
+            dh = torch.ops.aten.gelu_backward(F.linear(g, w2[e]), h)
+            out.copy_(F.linear(dh, w1[e]))
             if not ctx.trains: continue
-            dw2[e] += linear(F.gelu(h).mT, g.mT)
+            dw2[e] += F.linear(F.gelu(h).mT, g.mT)
             db2[e] += g.sum(0)
-            dw1[e] += linear(r.mT, dh.mT)
+            dw1[e] += F.linear(r.mT, dh.mT)
             db1[e] += dh.sum(0)
         return dx, None, None, dw1, db1, dw2, db2
 

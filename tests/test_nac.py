@@ -288,7 +288,8 @@ def test_the_absorbed_read_in_is_the_plain_one(bias):
     one, two = ((y := f(nodes, tokens), *torch.autograd.grad(weigh(y), inputs, retain_graph=True)) for f in (attention, oracle))
     for a, b in zip(one, two, strict=True): close(a, b)
 
-def test_large_products_give_the_numbers_of_the_plain_form():
+def test_large_products_give_the_numbers_of_the_plain_form(monkeypatch):
+    monkeypatch.setenv("M2MKD_PRODUCTS", "mkl" if ONEDNN is None else "onednn")
     with seeded(0, "circuit"): circuit, images = preset("micro").but(mediators=Latents(count=32)).build(10, 48).train(), torch.randn(16, 3, 48, 48)
     assert ONEDNN is None or suits(torch.empty(16, 32, 48), torch.empty(96, 48)), "the products are to be large enough for oneDNN"
     def results(c):
