@@ -10,7 +10,7 @@ import timm.data.auto_augment as timm_ops
 import torch
 from PIL import Image
 
-from m2mkd import augment, core, data, sources
+from m2mkd import augment, core, data, pixels, sources
 from m2mkd.augment import Augment
 from m2mkd.data import Batches, Data, FileSet, load, whole_split
 
@@ -71,7 +71,7 @@ def no_file_written(tmp_path): return not list((tmp_path/"cache").rglob("*"))
 # --- sources ---
 
 def test_digits():
-    train, test = load("digits"), load("digits", split="valid")
+    train, test = load("digits"), load("digits", split="test")
     assert len(train) + len(test) == 1797 and train.images.dtype == torch.uint8 and train.images.max() == 255
     assert np.array_equal(train.images.permute(0, 2, 3, 1), sources.Digits("train").images[..., None].repeat(3, -1))
     assert load("digits", image_size=16).images.shape[1:] == (3, 16, 16)
@@ -134,12 +134,12 @@ def test_image_folder(image_folder):
 def test_eval_crop():
     large = Image.new("L", (64, 64), 7)
     large.paste(200, (0, 0, 4, 64))                                                           # a border that the crop removes
-    assert sources.fit(large, 64, 0.875).size == (64, 64) and np.asarray(sources.fit(large, 64, 0.8)).max() < 20
-    assert np.array_equal(np.asarray(sources.fit(noise(0, 64), 64, 0.875)),
+    assert pixels.fit(large, 64, 0.875).size == (64, 64) and np.asarray(pixels.fit(large, 64, 0.8)).max() < 20
+    assert np.array_equal(np.asarray(pixels.fit(noise(0, 64), 64, 0.875)),
                           np.asarray(noise(0, 64).resize((73, 73), Image.Resampling.BICUBIC).crop((4, 4, 68, 68))))
     assert load("digits", eval_crop=0.875).image_size == 8
 
-def test_cache(hub_layout, tmp_path, monkeypatch):
+def test_cache(hub_layout, tmp_path, monkeypatch, capsys):
     first = load("tiny-imagenet", hub_layout)
     monkeypatch.setattr(data, "_decode_all", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(load("tiny-imagenet", hub_layout).images, first.images)
@@ -149,8 +149,20 @@ def test_cache(hub_layout, tmp_path, monkeypatch):
     assert not torch.equal(load("tiny-imagenet", hub_layout).images, first.images)
     cached = sorted((tmp_path/"cache").iterdir())
     assert len(cached) == 2 and all(f.suffix == ".npy" for f in cached)
-    for f in cached: f.write_bytes(f.read_bytes()[:500])
-    fails(lambda: load("tiny-imagenet", hub_layout), "is damaged", "delete it")
+    second = load("tiny-imagenet", hub_layout)
+    for damage in (lambda b: b[:500], lambda b: b[:-900] + bytes(896) + b[-4:], lambda b: b""):
+        for f in cached: f.write_bytes(damage(f.read_bytes()))
+        assert torch.equal(load("tiny-imagenet", hub_layout).images, second.images)
+        assert "is damaged" in capsys.readouterr().out
+        load("tiny-imagenet", hub_layout)
+        assert "damaged" not in capsys.readouterr().out                                       # it was made again
+
+def test_a_cache_that_cannot_be_written(hub_layout, tmp_path, monkeypatch, capsys):
+    (tmp_path/"file").write_text("in the way")
+    monkeypatch.setenv("M2MKD_CACHE", str(tmp_path/"file"/"cache"))
+    assert len(load("tiny-imagenet", hub_layout)) == 60
+    said = capsys.readouterr().out
+    assert "not kept" in said and str(tmp_path/"file") in said and said.count("\n") == 1
 
 def test_real_tiny_imagenet():
     if not REAL.exists() and not os.environ.get("CI"): pytest.skip("no ../shared/tiny-imagenet")
@@ -254,6 +266,30 @@ def test_operations_are_timms(name, reference, tolerance, level, monkeypatch):
         off = (ours * 255 - torch.from_numpy(np.stack(theirs)).permute(0, 3, 1, 2)).abs()
         assert off.max() <= tolerance, (name, sign, off.max())
 
+@pytest.mark.parametrize("inc", [0, 1])
+@pytest.mark.parametrize("strength", [0, 10, 15])
+def test_every_operation_at_its_extremes(inc, strength):
+    "In memory and in files each named operation gives an image, at no strength, at full, and beyond where mmax allows it."
+    text = f"rand-m{strength}-n1-p1-mmax{max(strength, 10)}-inc{inc}"
+    image = noise(3, 16)
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].expand(2, -1, -1, -1) / 255
+    for name, operation in augment.OPERATIONS.items():
+        out = operation(x, torch.full((2,), strength / 10), torch.tensor([1., -1.]), bool(inc))
+        assert out.shape == x.shape and out.isfinite().all(), name
+    transform = data.timm_transform(Augment(randaugment=text), 16)
+    ops = next(t for t in transform.transforms if isinstance(t, timm_ops.RandAugment)).ops
+    assert {op.name for op in ops} == set(timm_ops._RAND_INCREASING_TRANSFORMS if inc else timm_ops._RAND_TRANSFORMS)
+    for op in ops:
+        assert op(image).size == (16, 16) and op.magnitude == strength, op.name
+
+def test_posterize_keeps_a_bit_in_the_workers(hub_layout):
+    "The published augmentation at full strength, on every image of an epoch, drawn in the workers of a DataLoader."
+    files = load("x", hub_layout, image_size=12, in_memory=False)
+    files.workers = 2
+    full = Augment(randaugment="rand-m10-n4-p1-inc1")
+    assert sum(len(x) for x, _ in Batches(files, 20, full).epoch(0)) == 60
+    assert len(list(Batches(files, 20, Augment(randaugment="rand-m9.5-mstd0.5-mmax10.5-inc1")).epoch(0))) == 3
+
 @pytest.mark.parametrize("name,axis", [("shear-x", 3), ("shear-y", 2), ("translate-x", 3), ("translate-y", 2)])
 def test_geometry_moves_along_its_axis(name, axis):
     "An image that varies only along the other axis keeps its values where it is not uncovered."
@@ -307,14 +343,15 @@ def test_empty_folder(tmp_path):
 
 def test_other_layout(tmp_path, image_folder):
     other = tmp_path/"other"
-    other.mkdir(); (other/"images.zip").write_bytes(b"PK"); (other/"labels.csv").write_text("a,b")
-    fails(lambda: load("tiny-imagenet", other), str(other), "images.zip", "expected parquet files")
-    (other/"train").mkdir()
-    fails(lambda: load("tiny-imagenet", other), str(other/"train"), "no subfolder", "expected")
-    (other/"train"/"owl").mkdir()
-    fails(lambda: load("tiny-imagenet", other), "hold no image file", ".png")
-    (image_folder/"val"/"crow").rename(image_folder/"val"/"images")                           # the layout of the original archive
-    fails(lambda: load("birds", image_folder, split="val"), "'images'", "no class of", "expected")
+    other.mkdir(); (other/"labels.csv").write_text("a,b")
+    fails(lambda: load("tiny-imagenet", other), str(other), "labels.csv", "expected parquet files")
+    (other/"train"/"owl").mkdir(parents=True)
+    fails(lambda: load("tiny-imagenet", other), "no folder of images for each class", "expected")
+    (other/"images.zip").write_bytes(b"PK")
+    fails(lambda: load("tiny-imagenet", other), str(other/"images.zip"), "unpack it")
+    fails(lambda: load("tiny-imagenet", other/"images.zip"), "is a file", "unpacked")
+    (image_folder/"val"/"crow").rename(image_folder/"val"/"raven")
+    fails(lambda: load("birds", image_folder, split="val"), "'raven'", "no class of", "train")
 
 def test_parquet_without_images_or_labels(tmp_path):
     path = tmp_path/"texts"/"train.parquet"
