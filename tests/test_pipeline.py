@@ -258,7 +258,7 @@ def test_modules_in_another_order(stages, tmp_path):
 
 @pytest.mark.parametrize("spec,said", [(TEACHER.but(depths=(2, 0, 1)), "depths (2, 0, 1)"), (TEACHER.but(depths=()), "depths ()"),
     (TEACHER.but(options=TEACHER.options | dict(depth=5)), "depths (2, 1, 1) sum to 4, but the model has 5 layers"),
-    (TEACHER.but(name="vit_tny_patch16_224"), "unknown timm vision transformer 'vit_tny_patch16_224'; nearest: vit_tiny_patch16_224"),
+    (TEACHER.but(name="vit_tny_patch16_224"), "unknown timm model 'vit_tny_patch16_224'; nearest: vit_tiny_patch16_224"),
     (TEACHER.but(options=dict(embed_dim=16, num_heads=2, patch_size=3)), "image size 8 is not divisible by the patch size 3"),
     (STUDENT.but(patch=3), "image size 8 is not divisible by the patch size 3")])
 def test_models_that_cannot_be_built(tmp_path, spec, said):
