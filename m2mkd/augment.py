@@ -103,7 +103,10 @@ def _factor(m, sign, inc):
     return (1 + sign * 0.9 * m).clamp(min=0.1) if inc else 0.1 + 1.8 * m
 
 def _bits(m, inc): return (4 - (m * 4).long() if inc else (m * 4).long()).clamp(0, 8)
-def _threshold(m, inc): return (256 - (m * 256).floor() if inc else (m * 256).floor()).clamp(0, 256) / 255
+def _threshold(m, inc):
+    return (256 - (m * 256).floor() if inc else (m * 256).floor()).clamp(0, 256) / 255
+
+def _added(m): return ((m * 110).floor().clamp(max=128) / 255).view(-1, 1, 1, 1)
 def _levels(x): return (x * 255).round_().clamp_(0, 255).add_(0.01).div_(255).clamp_(max=1)
 def _pair(v, axis): return torch.stack([v, 0 * v] if axis == "x" else [0 * v, v], 1)
 
@@ -119,7 +122,7 @@ OPERATIONS = {
     "rotate": lambda x, m, sign, inc: kt.rotate(x - _GREY, sign * 30 * m) + _GREY,
     "posterize": lambda x, m, sign, inc: ke.posterize(_levels(x), _bits(m, inc)),
     "solarize": lambda x, m, sign, inc: torch.where(x < _threshold(m, inc).view(-1, 1, 1, 1), x, 1 - x),
-    "solarize-add": lambda x, m, sign, inc: torch.where(x < _GREY, (x + ((m * 110).floor().clamp(max=128) / 255).view(-1, 1, 1, 1)).clamp(max=1), x),
+    "solarize-add": lambda x, m, sign, inc: torch.where(x < _GREY, (x + _added(m)).clamp(max=1), x),
     "color": lambda x, m, sign, inc: ke.adjust_saturation_with_gray_subtraction(x, _factor(m, sign, inc)),
     "contrast": lambda x, m, sign, inc: ke.adjust_contrast_with_mean_subtraction(x, _factor(m, sign, inc)),
     "brightness": lambda x, m, sign, inc: ke.adjust_brightness_accumulative(x, _factor(m, sign, inc)),
@@ -145,16 +148,16 @@ def rand_augment(x, text, u):
             x[mine] = operation(x[mine], *at, bool(numbers["inc"])).clamp_(0, 1)
     return x
 
-# %% ../nbs/02b_augment.ipynb #567b96c4
+# %% ../nbs/02b_augment.ipynb #6e5b58fb
 def timm_text(text):
     "A randaugment string as timm can read it; `within_limits` sets the rest."
-    numbers = rand_numbers(text)
-    return f"rand-n{int(numbers['n'])}-p{numbers['p']}-mstd{numbers['mstd']}-inc{int(numbers['inc'])}"
+    _, n, p, mstd, _, inc = rand_numbers(text).values()
+    return f"rand-n{int(n)}-p{p}-mstd{mstd}-inc{int(inc)}"
 
 def _at_least_one(level_fn, level, hparams): return max(1, level_fn(level, hparams)[0]),
 
 def within_limits(transform, text):
-    "Give the operations of timm's RandAugment in `transform` their strengths, and bits to keep where they would keep none."
+    "Give timm's RandAugment in `transform` its strengths, and a bit to keep where it would keep none."
     numbers = rand_numbers(text)
     for op in next(t for t in transform.transforms if isinstance(t, RandAugment)).ops:
         op.magnitude, op.magnitude_max = numbers["m"], numbers["mmax"]

@@ -19,7 +19,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from timm.data import create_transform
 
 from .augment import Augment, augmented, mixed, normalise, timm_text, within_limits
-from .core import Settings, generator, hash_of, known, progress, seeded, whole
+from .core import Settings, generator, hash_of, known, progress, seeded, to_plain, whole
 from .given import Pairs, open_given
 from .pixels import decode
 from .sources import Choice, open_source, rank_in_class
@@ -94,9 +94,10 @@ def timm_transform(augment, size, eval_crop=1.):
     if augment is None: return create_transform(size, crop_pct=eval_crop, interpolation="bicubic")
     if augment.pad: raise ValueError(f"pad = {augment.pad} is for images in memory; images in files are cropped by scale=(0.08, 1)")
     crop = dict(scale=augment.scale, ratio=(3/4, 4/3)) if augment.scale else dict(scale=(1., 1.), ratio=(1., 1.))
-    transform = create_transform(size, is_training=True, **crop, hflip=augment.flip, color_jitter=None,
-        auto_augment=augment.randaugment and timm_text(augment.randaugment), re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
-    if augment.randaugment: within_limits(transform, augment.randaugment)
+    drawn = augment.randaugment and timm_text(augment.randaugment)
+    transform = create_transform(size, is_training=True, **crop, hflip=augment.flip, color_jitter=None, auto_augment=drawn,
+        re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
+    if drawn: within_limits(transform, augment.randaugment)
     return transform
 
 # %% ../nbs/02_data.ipynb #019f54a8
@@ -105,9 +106,11 @@ def decoded(source, rows, name, size, crop):
     stamp = source.stamp()
     if stamp is None: return _decode_all(source, rows, size, crop)
     try: folder = Path(os.environ.get("M2MKD_CACHE") or Path.home()/".cache"/"m2mkd")
-    except RuntimeError: return _decode_all(source, rows, size, crop)                  # nobody's home
-    path = folder/f"{name.replace('/', '--')}-{hash_of('decoded 3', stamp, rows.tolist(), size, crop)}.npy"
-    if (images := _cached(path)) is None: _cache(path, images := _decode_all(source, rows, size, crop))
+    except RuntimeError: return _decode_all(source, rows, size, crop)         # a user without a home
+    depends = hash_of("decoded 3", stamp, rows.tolist(), size, crop)
+    path = folder/f"{name.replace('/', '--')}-{depends}.npy"
+    if (images := _cached(path)) is not None: return images
+    _cache(path, images := _decode_all(source, rows, size, crop))
     return images
 
 def _cached(path):
@@ -129,7 +132,8 @@ def _cache(path, images):
             np.save(f, images.numpy())
             f.write(_sum(images.numpy()))
     except OSError as e:
-        print(f"the decoded images are not kept: {path.parent} cannot be written ({e.strerror}); set $M2MKD_CACHE to a folder that can")
+        print(f"the decoded images are not kept: {path.parent} cannot be written ({e.strerror}); "
+              "set $M2MKD_CACHE to a folder that can")
 
 def _decode_all(source, rows, size, crop):
     "Decode the rows of a source, a few hundred at a time, on all cores."
@@ -148,9 +152,9 @@ def _decode_all(source, rows, size, crop):
 # %% ../nbs/02_data.ipynb #804934cc
 class Data(Settings):
     "Which images of which data set, and at what size. `load()` gives the set."
-    name: str                                              # a key of sources.SETS, a hub id, or your own name
+    name: str                                              # a key of sources.SETS, a hub id, or yours
     root: str | None = Field(None, exclude=True)           # its folder; else $M2MKD_DATA/<name>, else the hub
-    split: str = "train"                                   # as it is called there, or of the same kind (layouts)
+    split: str = "train"                                   # by the rules in layouts
     image_size: int | None = Field(None, gt=0)             # pixels; None: as stored (imagenet-1k: 224)
     classes: int | tuple[str, ...] | None = None           # the first n classes, or these
     every: int = Field(1, ge=1)                            # of the sorted list take every n-th class before
@@ -158,8 +162,8 @@ class Data(Settings):
     files: tuple[int, ...] | None = None                   # only these parquet files of the split
     eval_crop: float = Field(1., gt=0, le=1)               # resize to size / eval_crop, then cut the centre
     in_memory: bool | None = None                          # None: everything but imagenet-1k
-    image: str | None = None                               # the column of images, where a table has several
-    label: str | None = None                               # the column of labels, where a table has several
+    image: str | None = None                               # a table's column of images
+    label: str | None = None                               # a table's column of labels
 
     @field_validator("root", mode="before")
     def _text(cls, root): return None if root is None else str(root)
@@ -169,7 +173,8 @@ class Data(Settings):
         return self.of(open_source(self.name, self.root, self.split, self.choice()))
 
     @property
-    def _memory(self): return self.name != "imagenet-1k" if self.in_memory is None else self.in_memory
+    def _memory(self):
+        return self.name != "imagenet-1k" if self.in_memory is None else self.in_memory
 
     def choice(self): return Choice(self.files, not self._memory, self.image, self.label)
 
@@ -215,29 +220,35 @@ class Data(Settings):
 
 # %% ../nbs/02_data.ipynb #29689c0a
 def load(what, root=None, **others):
-    """The images of a data set: of its name, its folder (a Path), or a set that is an object (see given); `others` are fields of
-    `Data`. A TypeError says what may be given."""
+    """The images of a data set: of its name, its folder (a Path), or a set that is an object (see given);
+    `others` are fields of `Data`. A TypeError says what may be given."""
     if isinstance(what, str): return Data(name=what, root=root, **others).load()
-    if root is not None: raise ValueError(f"root = {root!r} goes with a name, and {type(what).__name__} is a set already")
+    if root is not None: raise ValueError(f"root goes with a name, and {type(what).__name__} is a set already")
     if isinstance(what, Path): return Data(name=what.absolute().name, root=what, **others).load()
     if isinstance(what, Data): return what.but(**others).load()
-    if hasattr(what, "batches"): return what if not others else _part(what, Data(name="the given set", **others))
+    if isinstance(what, Given): return load(what.load(), **others)
+    if hasattr(what, "batches") and not others: return what
     settings = Data(name="the given set", **others)
+    if hasattr(what, "batches"): return _part(what, settings)
     return settings.of(open_given(what, others.get("split"), settings.choice()))
 
 def _part(images, settings):
     "The part of an `ImageSet` that the settings choose."
-    if not isinstance(images, ImageSet): raise ValueError("of a set in files choose classes and images by Data, before it is loaded")
-    source = Pairs(list(zip(images.images.cpu(), images.labels.tolist())), settings.choice(), images.classes)
+    if not isinstance(images, ImageSet):
+        raise ValueError("of a set in files choose classes and images by Data, before it is loaded")
+    pairs = list(zip(images.images.cpu(), images.labels.tolist()))
+    source = Pairs(pairs, settings.choice(), images.classes)
     source.ids, source.split = images.ids.numpy(), images.split
     return settings.of(source)
 
-# %% ../nbs/02_data.ipynb #8577db4b
+# %% ../nbs/02_data.ipynb #92930521
 def digest(images):
-    "SHA-256 over what a set holds: classes, rows, labels, and its pixels, or names, sizes and times of the files that they stay in."
-    tensors = [images.ids, images.labels] + ([images.images] if isinstance(images, ImageSet) else [])
+    """SHA-256 over what a set holds: classes, rows, labels, and its pixels, or names, sizes and times of
+    the files that they stay in."""
+    memory = isinstance(images, ImageSet)
+    tensors = [images.ids, images.labels] + ([images.images] if memory else [])
     sums = [hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in tensors]
-    return hash_of(list(images.classes), images.image_size, sums, [] if isinstance(images, ImageSet) else images.source.stamp())
+    return hash_of(list(images.classes), images.image_size, sums, [] if memory else images.source.stamp())
 
 class Given(Settings):
     "What a record keeps of a set that was given as an object."
@@ -250,20 +261,22 @@ class Given(Settings):
 
     @classmethod
     def of(cls, what):
-        "`what`, if it is `Data` or `Given`; else the record of the set `load(what)`, which holds it as long as it lives."
+        "`what`, if it is `Data` or `Given`; else the record of the set `load(what)`, which holds that set."
         if isinstance(what, (Data, cls)): return what
-        if isinstance(what, (str, Path)): raise TypeError(f"{str(what)!r} is a name or a folder: write Data(name=..., root=...)")
+        if isinstance(what, (str, Path)):
+            raise TypeError(f"{str(what)!r} is a name or a folder: write Data(name=..., root=...)")
         found = load(what)
-        given = cls(digest=digest(found), classes=found.classes, image_size=found.image_size, count=len(found), split=found.split)
+        given = cls(digest=digest(found), classes=found.classes, image_size=found.image_size,
+                    count=len(found), split=found.split)
         given._set = found
         return given
 
     def load(self):
         if self._set is not None: return self._set
-        raise ValueError(f"the images of this set ({self.count} of {len(self.classes)} classes, {self.image_size} px) are not in the record, "
-                         "for it was given as an object: give it again")
+        raise ValueError(f"the images of this set ({self.count} of {len(self.classes)} classes, "
+                         f"{self.image_size} px) are not in the record, for it was given as an object: give it again")
 
-    def __eq__(self, other): return isinstance(other, Given) and self.digest == other.digest and self.split == other.split
+    def __eq__(self, other): return isinstance(other, Given) and to_plain(self) == to_plain(other)
     def __hash__(self): return hash((self.digest, self.split))
 
 # %% ../nbs/02_data.ipynb #032d1311

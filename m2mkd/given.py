@@ -18,15 +18,15 @@ from .augment import Augment, normalise
 from .pixels import from_array, to_rgb
 from .sources import Choice, classes_of, open_split, table_splits_of
 
-# %% ../nbs/02f_given.ipynb #1e9753c6
+# %% ../nbs/02f_given.ipynb #cf01bab7
 def _pair(item, where):
     "(PIL image in RGB, label as int) of one item of a set."
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        seen = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
-        raise ValueError(f"{where} is {seen}; expected (image, label)")
+        raise ValueError(f"{where} is {str(item)[:60]!r}; expected (image, label)")
     image, label = item
-    try: label = operator.index(label.item() if np.size(label) == 1 and hasattr(label, "item") else label)
-    except TypeError: raise ValueError(f"{where}: the label {str(label)[:40]} is no whole number") from None
+    scalar = np.size(label) == 1 and hasattr(label, "item")
+    try: label = operator.index(label.item() if scalar else label)
+    except TypeError: raise ValueError(f"{where}: label {str(label)[:40]} is no whole number") from None
     if not hasattr(image, "convert"): image = from_array(image, where, torch.is_tensor(image))
     try: return to_rgb(image), label
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
@@ -41,72 +41,84 @@ class Pairs:
     "A set of (image, label) with a length, as a source; its images are held in memory."
     def __init__(self, pairs, choice=Choice(), names=None):
         choice.refuse("this set gives (image, label)", "files", "image", "label")
-        if choice.mapped: raise ValueError("in_memory = False is for sets in files; hand a DataLoader of this set to train instead")
+        if choice.mapped:
+            raise ValueError("in_memory = False is for sets in files; hand a DataLoader of this set to train")
         found = [_pair(pairs[i], self.where(i)) for i in range(len(pairs))]
         for i in range(min(4, len(found))):
             if _pair(pairs[i], self.where(i))[0].tobytes() != found[i][0].tobytes():
-                raise ValueError(f"{self.where(i)} is another image each time: give the set without random transforms (they are Training's augment)")
-        self.images = [image for image, _ in found]
-        self.labels, self.names = classes_of([label for _, label in found], names or _names(pairs), "the given set", choice.like)
+                raise ValueError(f"{self.where(i)} is another image each time: give the set without random "
+                                 "transforms (augmentation is Training's augment)")
+        self.images, labels = [image for image, _ in found], [label for _, label in found]
+        names = names or _names(pairs)
+        self.labels, self.names = classes_of(labels, names, "the given set", choice.like)
         self.ids = np.arange(len(found))
 
     def read(self, rows): return (self.images[int(r)] for r in rows)
     def where(self, row): return f"the given set, row {row}"
     def stamp(self): return None
 
-# %% ../nbs/02f_given.ipynb #88e3bd44
-EXPECTED = ("a name, a folder (pathlib.Path), Data, a datasets.Dataset, a torch Dataset of (image, label) "
-            "with a length, or a loaded set")
+# %% ../nbs/02f_given.ipynb #0a135b4f
+EXPECTED = ("a name, a folder (pathlib.Path), Data, a datasets.Dataset, a torch Dataset of (image, "
+            "label) with a length, or a loaded set")
+_ENDLESS = datasets.IterableDataset, datasets.IterableDatasetDict, IterableDataset
+_NO_SET = str, bytes, dict, torch.nn.Module, torch.Tensor, np.ndarray
 
 def open_given(x, split=None, choice=Choice()):
-    "The source of a set that is an object; a TypeError says what may be given. `split`: needed only where there are several."
-    if isinstance(x, DataLoader): raise TypeError("a DataLoader gives batches: give its dataset, or hand it to train as it is")
-    if isinstance(x, (datasets.IterableDataset, datasets.IterableDatasetDict, IterableDataset)):
-        raise TypeError(f"a {type(x).__name__} has no length; give one that has, or hand a loader to train")
-    if isinstance(x, (datasets.Dataset, datasets.DatasetDict)):
-        there, what = table_splits_of(x, "the given set"), "the given set"
-        found = open_split(there, split or (next(iter(there)) if len(there) == 1 else "train"), what, choice)
-        found.stamp = lambda: None                                    # what is in memory needs no cache
-        return found
-    if isinstance(x, (str, bytes, dict, torch.nn.Module, torch.Tensor, np.ndarray)) or not (hasattr(x, "__len__") and hasattr(x, "__getitem__")):
-        raise TypeError(f"a {type(x).__name__} is no set of images; give {EXPECTED}")
-    return open_split({"given": partial(Pairs, x)}, split or "given", "the given set", choice)
+    "The source of a set that is an object; a TypeError says what may be given. `split`: where it has several."
+    kind = type(x).__name__
+    if isinstance(x, DataLoader):
+        raise TypeError("a DataLoader gives batches: give its dataset, or hand it to train as it is")
+    if isinstance(x, _ENDLESS):
+        raise TypeError(f"a {kind} has no length; give a set that has, or hand a loader to train")
+    there = {"given": partial(Pairs, x)}
+    if isinstance(x, (datasets.Dataset, datasets.DatasetDict)): there = table_splits_of(x, "the given set")
+    elif isinstance(x, _NO_SET) or not (hasattr(x, "__len__") and hasattr(x, "__getitem__")):
+        raise TypeError(f"a {kind} is no set of images; give {EXPECTED}")
+    only = next(iter(there)) if len(there) == 1 else "train"
+    return open_split(there, split or only, "the given set", choice)
 
-# %% ../nbs/02f_given.ipynb #967f8304
+# %% ../nbs/02f_given.ipynb #7edc48f7
 class Stream:
-    "Batches of any iterable with a length: `epoch(e, start)` passes over it once and skips `start`; their order is not ours."
+    "Batches of any iterable with a length: `epoch(e, start)` passes over it once and skips `start`."
     def __init__(self, loader, batch_size, device):
         self.loader, self.batch_size, self.device = loader, batch_size, device
 
     def __len__(self): return len(self.loader)
 
     def epoch(self, epoch, start=0):
-        if hasattr(sampler := getattr(self.loader, "sampler", None), "set_epoch"): sampler.set_epoch(epoch)
+        sampler = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"): sampler.set_epoch(epoch)
         count = 0
         for count, batch in enumerate(self.loader, 1):
             if count > len(self): break
-            if count > start: yield self._made(batch, f"batch {count - 1} of epoch {epoch}", count < len(self))
-        if count != len(self): raise ValueError(f"an epoch gave {count} batches or more, its length says {len(self)}")
+            what = f"batch {count - 1} of epoch {epoch}"
+            if count > start: yield self._made(batch, what, count < len(self))
+        if count != len(self):
+            raise ValueError(f"epoch {epoch} gave {count} batches, where the length says {len(self)}")
 
     def _made(self, batch, what, full):
         "(x, y) on the device, checked."
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(map(torch.is_tensor, batch)):
-            raise ValueError(f"{what} is a {type(batch).__name__}; expected tensors (images (B, 3, H, W), labels)")
+            raise ValueError(f"{what} is a {type(batch).__name__}; expected tensors (images, labels)")
         x, y = (t.to(self.device) for t in batch)
-        if x.ndim != 4 or x.shape[1] != 3 or len(x) != len(y) or not (x.is_floating_point() or x.dtype == torch.uint8):
+        images = x.ndim == 4 and x.shape[1] == 3 and (x.is_floating_point() or x.dtype == torch.uint8)
+        if not images or len(x) != len(y) or y.ndim not in (1, 2):
             raise ValueError(f"{what} has images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)}; "
                              "expected (B, 3, H, W), float or uint8, and (B,) or (B, C)")
         if len(x) > self.batch_size or full and len(x) < self.batch_size:
-            raise ValueError(f"{what} has {len(x)} images, but batch_size = {self.batch_size}, and the learning rate goes by it")
+            raise ValueError(f"{what} has {len(x)} images, but batch_size = {self.batch_size}, by which "
+                             "the learning rate goes")
         return normalise(x.float(), 255) if x.dtype == torch.uint8 else x, y
 
 def own_batches(batches, settings, device):
     "`batches` if they are `Batches`; else any iterable of (images, labels) with a length as such, and a line what that costs."
     if hasattr(batches, "epoch"): return batches
-    if not hasattr(batches, "__len__") or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")) or isinstance(batches, (str, dict)):
-        raise TypeError(f"a {type(batches).__name__} gives no batches: expected Batches, or an iterable of (images, labels) with a length")
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or not hasattr(batches, "__len__") or isinstance(batches, _NO_SET):
+        raise TypeError(f"a {type(batches).__name__} gives no batches: expected Batches, or an iterable of "
+                        "(images, labels) with a length")
     if not len(batches): raise ValueError("there is no batch to train on: the length is 0")
     if settings.augment != Augment():
-        raise ValueError("augment is for Batches: batches of your own come augmented as they are; leave it out of Training")
-    print("batches of your own: order and augmentation are theirs, and a run that was interrupted will not be equal to the bit")
+        raise ValueError("augment is for Batches; batches of your own are as they come: leave it out")
+    print("batches of your own: order and augmentation are theirs, and a resumed run is not equal to the bit")
     return Stream(batches, settings.batch_size, device)

@@ -85,23 +85,23 @@ def full(tree, at):
     n = len(at)
     return sorted({d[n] for d in tree if len(d) > n and d[:n] == at and loose(tree, d)})
 
-# %% ../nbs/02d_layouts.ipynb #7647e7ec
-LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, data/valid-...), "
-           "or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
+# %% ../nbs/02d_layouts.ipynb #c18fd551
+LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, "
+           "data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
 _PLAIN = {"images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "jpegs"}   # no class
 
 class Unlabelled(ValueError):
     "A split has images and no labels."
 
 def descend(tree, at, through=lambda name: True):
-    "The folder reached from `at` through single folders (that `through` lets pass), unless it has images only."
+    "Where single folders (that `through` lets pass) lead from `at`, unless there are images only."
     down = at
     while not loose(tree, down) and len(inner := full(tree, down)) == 1 and through(inner[0]):
         down += (inner[0],)
     return down if full(tree, down) else at
 
 def image_splits(tree, own):
-    "{split: its folder in the tree}; `own`: the name of the whole folder, whose split it is where no subfolder names one."
+    "{split: its folder in the tree}; `own`: the whole folder's name, which may name its split."
     at = descend(tree, (), lambda name: not kind(name))
     inner = full(tree, at)
     named, flat = [s for s in inner if kind(s)], [s for s in inner if not full(tree, (*at, s))]
@@ -145,7 +145,8 @@ def _annotated(tree, at, path, lists):
     return [(f, label[f[-1]]) for f in found]
 
 def labelled(folder, tree, at):
-    "[(image as a path in the tree, class)] of the split in the folder `at`, in path order, and its subfolders without images."
+    """[(image as a path in the tree, class)] of the split in the folder `at`, in path order, and its
+    subfolders without images."""
     path = Path(folder, *at)
     lists, inner = [f for f in tree[at] if f.endswith("_annotations.txt")], full(tree, at)
     if lists and (set(inner) & _PLAIN or loose(tree, at)): return _annotated(tree, at, path, lists), []

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../nbs/02e_pixels.ipynb #92c4e339
+# %% ../nbs/02e_pixels.ipynb #d1c884bf
 def _sixteen(image):
     "Gray of 16 bits -> 8 bits: 257 k becomes k."
     return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
@@ -21,26 +21,27 @@ def _on_white(image):
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
-_PLAIN = dict.fromkeys(("RGB", "L", "P", "1", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), lambda image: image)
+_PLAIN = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "LAB", "HSV", "RGBX")
 _ALPHA = dict.fromkeys(("RGBA", "LA", "PA"), _on_white)
-MODES = _PLAIN | _ALPHA | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), _sixteen)
+MODES = dict.fromkeys(_PLAIN, lambda image: image) | _ALPHA | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), _sixteen)
 
 def to_rgb(image):
     "A PIL image of any mode in RGB, by the rules above; a ValueError for a mode that has none."
-    mode = "I;16" if image.mode == "I" and image.format == "PPM" else image.mode     # PGM: 65,535 is white
+    mode = "I;16" if image.mode == "I" and image.format == "PPM" else image.mode      # PGM of 16 bits
     if mode not in MODES:
-        raise ValueError(f"pictures of mode {mode} (32 bits a pixel or the like) say not which number is "
-                         "white; save them with 8 or 16 bits")
+        raise ValueError(f"pictures of mode {mode} (32 bits a pixel or the like) say not what is white; "
+                         "save them with 8 or 16 bits")
     rule = _on_white if image.has_transparency_data and mode in _PLAIN else MODES[mode]
     return rule(image).convert("RGB")
 
-# %% ../nbs/02e_pixels.ipynb #e71c97a9
+# %% ../nbs/02e_pixels.ipynb #76f80914
 def decode(raw, where, size=None, crop=1.):
-    "Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what cannot be decoded."
+    """Bytes, a path or a PIL image -> PIL image in RGB, of size x size if given; a ValueError names what
+    cannot be decoded."""
     try: image = _opened(raw)
     except Image.DecompressionBombError as e:
-        raise ValueError(f"{where}: the image is larger than Pillow's limit ({e}); make it smaller, or raise "
-                         "PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
+        raise ValueError(f"{where}: the image is larger than Pillow's limit ({e}); make it smaller, or "
+                         "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from None
     except OSError as e:
         what = "cannot be read" if e.filename else "is damaged"
         raise ValueError(f"{where}: the image {what} ({_said(e)})") from None
@@ -68,16 +69,18 @@ def fit(image, size, crop=1.):
     left, top = (wide - size) // 2, (high - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-# %% ../nbs/02e_pixels.ipynb #965cafb8
+# %% ../nbs/02e_pixels.ipynb #b88dab2e
 CHANNELS = (1, 3, 4)
 
 def from_array(x, where, first):
-    "A uint8 (or gray uint16) array (H, W), (H, W, C) or (C, H, W) as a PIL image; `first`: channels come first where both fit."
+    """A uint8 (or gray uint16) array (H, W), (H, W, C) or (C, H, W) as a PIL image; `first`: channels come
+    first where both fit."""
     x = np.asarray(x)
     if x.dtype != np.uint8 and not (x.dtype == np.uint16 and x.ndim == 2):
-        raise ValueError(f"{where}: images of {x.dtype} say not which number is white; give uint8, 0 to 255")
+        raise ValueError(f"{where}: images of {x.dtype} say not what is white; give uint8, 0 to 255")
     fits = [k for k in (0, -1) if x.ndim == 3 and x.shape[k] in CHANNELS]
     if x.ndim != 2 and not fits:
-        raise ValueError(f"{where}: the shape {x.shape} is no image (H, W), (H, W, C) or (C, H, W) of 1, 3 or 4 channels")
+        raise ValueError(f"{where}: the shape {x.shape} is no image (H, W), (H, W, C) or (C, H, W) of 1, "
+                         "3 or 4 channels")
     if fits and fits[0 if first else -1] == 0: x = x.transpose(1, 2, 0)
     return Image.fromarray(x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else np.ascontiguousarray(x))

@@ -25,10 +25,10 @@ from .core import known
 from .layouts import ARCHIVES, ENDINGS, LAYOUTS, NOTES, Unlabelled, ending, full, image_splits
 from .layouts import kind, labelled, split_name, stand_in, table_splits, walk
 
-# %% ../nbs/02c_sources.ipynb #b6f4ccab
+# %% ../nbs/02c_sources.ipynb #abf52d0b
 @dataclass(frozen=True)
 class Choice:
-    "How a split is read: its files, whether rows will be read at random, its columns, and the training split's classes."
+    "How a split is read: files, rows at random or in order, columns, classes of the training split."
     files: tuple | None = None
     mapped: bool = False
     image: str | None = None
@@ -38,9 +38,10 @@ class Choice:
     def refuse(self, why, *fields):
         "A ValueError for the first of `fields` that is set."
         for f in fields:
-            if (value := getattr(self, f)) is not None: raise ValueError(f"{f} = {value!r} {_PICKS[f]}, but {why}")
+            if (value := getattr(self, f)) is not None:
+                raise ValueError(f"{f} = {value!r} {_PICKS[f]}, but {why}")
 
-_PICKS = {"files": "picks parquet files", "image": "names a column of a table", "label": "names a column of a table"}
+_PICKS = {"files": "picks parquet files"} | dict.fromkeys(("image", "label"), "names a column of a table")
 
 # %% ../nbs/02c_sources.ipynb #d0f44770
 def rank_in_class(labels):
@@ -56,7 +57,8 @@ class Digits:
     def __init__(self, split, choice=Choice()):
         choice.refuse("the digits are embedded", "files", "image", "label")
         values, labels = load_digits(return_X_y=True)
-        mine = (rank_in_class(labels) % 5 == 4) == (known(split, ("train", "test"), "split of digits") != "train")
+        held_out = known(split, ("train", "test"), "split of digits") == "test"
+        mine = (rank_in_class(labels) % 5 == 4) == held_out
         self.images = np.round(values[mine] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
         self.labels, self.ids = labels[mine].astype(np.int64), np.arange(mine.sum())
 
@@ -68,82 +70,94 @@ class Digits:
 IMAGES = ("image", "img", "images", "imgs", "picture", "jpg", "png")
 LABELS = ("label", "labels", "target", "targets", "class", "classes", "fine_label", "fine_labels",
           "category", "categories", "class_id", "class_label", "label_id", "y")
-_NO_LABELS = ("id", "ids", "idx", "index", "image_id", "img_id", "width", "height", "size", "__index_level_0__")
+_NO_LABELS = ("id", "ids", "idx", "index", "image_id", "img_id", "width", "height", "size",
+              "__index_level_0__")
+_SERVES = {"binary": "image", "large_binary": "image", "string": "name", "large_string": "name", "bool": "name"}
 
 def _holds(feature):
     "image, class, integer, name or nothing: what a column of this feature may serve as."
-    dtype = str(getattr(feature, "dtype", ""))
-    if isinstance(feature, datasets.Image) or isinstance(feature, dict) and {"bytes", "path"} <= set(feature): return "image"
+    dtype, struct = str(getattr(feature, "dtype", "")), feature if isinstance(feature, dict) else {}
+    if isinstance(feature, datasets.Image) or {"bytes", "path"} <= set(struct): return "image"
     if isinstance(feature, datasets.ClassLabel): return "class"
-    kinds = {"binary": "image", "large_binary": "image", "string": "name", "large_string": "name", "bool": "name"}
-    return "integer" if dtype.startswith(("int", "uint")) else kinds.get(dtype)
+    return "integer" if dtype.startswith(("int", "uint")) else _SERVES.get(dtype)
 
 def _one(asked, candidates, able, field, what):
-    "The column `asked`, or the only one of `candidates`; a ValueError lists what there is, and names the field that chooses."
+    "The column `asked`, or the only one of `candidates`; a ValueError lists those that may be chosen."
     if asked is not None and asked in able: return asked
     if asked is None and len(candidates) == 1: return candidates[0]
-    seen = f"{field} = {asked!r}" if asked else f"{len(candidates)} columns could be the {field} ({', '.join(candidates)})" if candidates else f"no {field}"
+    several = f"{len(candidates)} columns could be the {field} ({', '.join(candidates)})"
+    seen = f"{field} = {asked!r}" if asked is not None else several if candidates else f"no {field}"
     raise ValueError(f"{what}: {seen}; choose one of its columns by {field}=: {', '.join(able)}")
 
 def columns(features, what, image=None, label=None):
-    "(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists the columns where it is not clear."
+    """(image column, label column, class names or None) of a `datasets.Features`; a ValueError lists
+    the columns where it is not clear."""
     holds = {name: _holds(f) for name, f in features.items()}
     pick = lambda *kinds: [n for n, k in holds.items() if k in kinds]
     usual = lambda names: [n for n in features if n.lower() in names and n != image]
     pictures, able = pick("image"), pick("class", "integer", "name")
     if not pictures or not able:
-        raise ValueError(f"{what} has the columns {', '.join(features)}: expected one of images and one of class labels "
-                         "(ClassLabel, integers or names)")
-    chosen = _one(image, [n for n in usual(IMAGES) if n in pictures] or pictures, pictures, "image", what)
+        raise ValueError(f"{what} has the columns {', '.join(features)}: expected one of images and "
+                         "one of class labels (ClassLabel, integers or names)")
+    first = [n for n in usual(IMAGES) if n in pictures] or pictures
+    chosen = _one(image, first, pictures, "image", what)
     named = [n for n in usual(LABELS) if n != chosen]
     if label is None and (odd := [n for n in named if n not in able]):
-        raise ValueError(f"{what}: the column {odd[0]} is of {features[odd[0]]}, which is no class; choose another by label=: {', '.join(able)}")
-    classes = [n for n in named if holds[n] == "class"] if len(named) > 1 else named or pick("class")
+        raise ValueError(f"{what}: the column {odd[0]} is of {features[odd[0]]}, which is no class; "
+                         f"choose another by label=: {', '.join(able)}")
+    sure = [n for n in named or features if holds[n] == "class"]
     others = [n for n in pick("integer") if n.lower() not in _NO_LABELS]
-    label = _one(label, classes or named or others, able, "label", what)
+    label = _one(label, sure or named or others, able, "label", what)
     return chosen, label, tuple(features[label].names) if holds[label] == "class" else None
 
-# %% ../nbs/02c_sources.ipynb #d4783a12
+# %% ../nbs/02c_sources.ipynb #bdc79d03
 def classes_of(values, names, what, like=None):
-    "(labels (n,) int64, class names) of a column; without `names` they are those of like(), or made of the values. Errors name the row."
+    """(labels (n,) int64, class names) of a column; without `names` they are those of like(), or made of
+    the values. Errors name the row; `Unlabelled` where no row has a label."""
     if not len(values): raise ValueError(f"{what} has no rows")
     empty = [r for r, v in enumerate(values) if v is None or v == -1 or v == ""]
-    if len(empty) == len(values): raise Unlabelled(f"{what} has no labels (label {values[0]} in every row)")
-    if empty: raise ValueError(f"{what}, row {empty[0]}: label {values[empty[0]]} is none of the classes; other rows have one")
+    if len(empty) == len(values):
+        raise Unlabelled(f"{what} has no labels (label {values[0]} in every row)")
+    if empty:
+        raise ValueError(f"{what}, row {empty[0]}: label {values[empty[0]]} is no class; other rows have one")
+    numbers = {v: v for v in range(len(names or ()))}
     if names is None:
         names = (like() if like else None) or _made(values, what)
-        numbers = {n: k for k, n in enumerate(names)}
-        values = [numbers.get(str(v), v) if isinstance(v, (str, bool)) or str(v) in numbers else -2 for v in values]
-    bad = [r for r, v in enumerate(values) if not isinstance(v, int) or not 0 <= v < len(names)]
-    if bad: raise ValueError(f"{what}, row {bad[0]}: its label is none of the {len(names)} classes {', '.join(names[:5])}...")
-    return np.array(values, dtype=np.int64), names
+        numbers, values = {n: k for k, n in enumerate(names)}, list(map(str, values))
+    if (bad := [r for r, v in enumerate(values) if v not in numbers]):
+        raise ValueError(f"{what}, row {bad[0]}: label {values[bad[0]]} is none of the {len(names)} classes "
+                         f"{', '.join(names[:5])}{'...' if len(names) > 5 else ''}")
+    return np.array([numbers[v] for v in values], dtype=np.int64), names
 
 def _made(values, what):
     distinct = sorted(set(values))
     if type(distinct[0]) is not int: return tuple(map(str, distinct))
-    if distinct[0] < 0: raise ValueError(f"{what}: label {distinct[0]} is negative; classes are numbered from 0")
+    if distinct[0] < 0: raise ValueError(f"{what}: label {distinct[0]} is negative, and classes count from 0")
     if (n := distinct[-1] - distinct[0] + 1) > len(values):
-        raise ValueError(f"{what}: label {distinct[-1]} would make {n} classes of {len(values)} rows: is this the column of labels (label=)?")
+        raise ValueError(f"{what}: label {distinct[-1]} would make {n} classes of {len(values)} rows: "
+                         "is this the column of labels (label=)?")
     return tuple(map(str, distinct))
 
 # %% ../nbs/02c_sources.ipynb #a426d997
 class Parquet:
-    "A split in local parquet files. A ValueError names a damaged file, or one with other columns or class names."
+    "A split in local parquet files. A ValueError names a file that is damaged or has other columns or classes."
     def __init__(self, files, choice=Choice()):
         only, count = choice.files, len(files)
-        if only is not None and (not only or len(set(only)) < len(only) or not set(only) <= set(range(count))):
-            raise ValueError(f"files = {tuple(only)}: this split has {count} parquet files, 0 to {count - 1}; "
-                             "name each at most once, and one at least")
+        if only is not None and (not only or not len(set(only)) == len(set(only) & set(range(count))) == len(only)):
+            raise ValueError(f"files = {tuple(only)}: this split has {count} parquet files, 0 to "
+                             f"{count - 1}; name each at most once, and one at least")
         starts = np.cumsum([0] + [self._of(f, lambda p: p.metadata.num_rows) for f in files])
         chosen = sorted(range(count) if only is None else only)
         self.files = [files[i] for i in chosen]
-        self.image, label, names = self._columns(files[0], choice)
+        self.image, label, names = first = self._columns(files[0], choice)
         for f in files:
-            if (here := self._columns(f, choice)) != (self.image, label, names):
-                raise ValueError(f"{f} has other columns or classes than {files[0]}: {_short(here)}, not {_short((self.image, label, names))}")
+            if (here := self._columns(f, choice)) != first:
+                raise ValueError(f"{f} has other columns or classes than {files[0]}: {_short(here)}, "
+                                 f"not {_short(first)}")
         parts = [self._of(f, lambda p: p.read([label]).column(0).to_pylist()) for f in self.files]
         self.starts = np.cumsum([0] + [len(p) for p in parts])
-        self.labels, self.names = classes_of(sum(parts, []), names, str(self.files[0].parent), choice.like)
+        labels, where = [v for p in parts for v in p], str(self.files[0].parent)
+        self.labels, self.names = classes_of(labels, names, where, choice.like)
         self.ids = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
 
     def _columns(self, file, choice):
@@ -154,7 +168,8 @@ class Parquet:
         "`get` of the opened file; what pyarrow says about damage becomes one sentence."
         try: return get(pq.ParquetFile(file))
         except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-            raise ValueError(f"{file} is damaged or no parquet file of this data set: {str(e).splitlines()[0]}") from None
+            said = str(e).splitlines()[0]
+            raise ValueError(f"{file} is damaged or no parquet file of this data set: {said}") from None
 
     def read(self, rows):
         rows = np.asarray(rows)
@@ -173,7 +188,8 @@ class Parquet:
 def _short(found):
     "(image column, label column, class names) for an error."
     image, label, names = found
-    return f"{image}, {label} of " + (f"{len(names)} classes from {names[0]} to {names[-1]}" if names else "unnamed classes")
+    named = f"{len(names)} classes from {names[0]} to {names[-1]}" if names else "unnamed classes"
+    return f"{image} and {label} of {named}"
 
 def bytes_of(value):
     "An image cell of a table, {'bytes', 'path'} or plain bytes, as bytes or path."
@@ -181,24 +197,27 @@ def bytes_of(value):
 
 def _stat(path):
     try: s = os.stat(path)
-    except OSError as e: raise ValueError(f"{path} cannot be read: {e.strerror} (a link to nowhere?)") from None
+    except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror}): a link to nowhere?") from None
     return [path.name, s.st_size, s.st_mtime_ns]
 
 # %% ../nbs/02c_sources.ipynb #67082298
 class Folder:
-    "The split in the folder `at` of a `tree` of `folder`; `like`: the folder of the training split, whose classes count."
+    "The split in `at` of the `tree` of `folder`; `like`: where the training split is, whose classes count."
     def __init__(self, folder, tree, at, like, choice=Choice()):
         choice.refuse(f"{folder} holds image files", "files", "image", "label")
         rows, empty = labelled(folder, tree, at)
         first, path = rows if at == like else labelled(folder, tree, like)[0], Path(folder, *at)
         self.names, here = (tuple(sorted({c for _, c in some})) for some in (first, rows))
         if (odd := sorted(set(here) - set(self.names))):
-            raise ValueError(f"{path} has {len(odd)} classes, {odd[0]!r} the first, that are no class of {Path(folder, *like)}")
-        for what, found in (("no class, for no image is in it", empty), ("no image of the classes", sorted(set(self.names) - set(here))),
-                            ("passed over", _others(tree, at))):
-            if found: print(f"{path}: {what}: {', '.join(found[:5])}{'...' if len(found) > 5 else ''}")
+            raise ValueError(f"{path} has a class {odd[0]!r} (one of {len(odd)}) that is no class of "
+                             f"{Path(folder, *like)}")
+        said = {"no class, for no image is in it": empty, "passed over": _others(tree, at),
+                "no image of the classes": sorted(set(self.names) - set(here))}
+        for what, found in said.items():
+            if found: print(f"{path}: {what}: {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}")
         number = {c: k for k, c in enumerate(self.names)}
-        self.paths, self.labels = [Path(folder, *p) for p, _ in rows], np.array([number[c] for _, c in rows], dtype=np.int64)
+        self.paths = [Path(folder, *p) for p, _ in rows]
+        self.labels = np.array([number[c] for _, c in rows], dtype=np.int64)
         self.ids = np.arange(len(rows))
 
     def read(self, rows): return (self.paths[r] for r in rows)
@@ -207,13 +226,15 @@ class Folder:
 
 def _others(tree, at):
     "The files below `at` that are neither images nor notes, by their endings."
-    return sorted("/".join((*d, f)) for d in tree if d[:len(at)] == at for f in tree[d] if ending(f) not in (*ENDINGS, *NOTES))
+    return sorted("/".join((*d, f)) for d in tree if d[:len(at)] == at
+                  for f in tree[d] if ending(f) not in (*ENDINGS, *NOTES))
 
 # %% ../nbs/02c_sources.ipynb #5906db26
 class Table:
     "A split as a `datasets.Dataset`."
     def __init__(self, table, what, choice=Choice()):
-        if table.format["type"] == "custom": raise ValueError(f"{what} changes its images by set_transform; give it before (with_format(None))")
+        if table.format["type"] == "custom":
+            raise ValueError(f"{what} changes its images by set_transform; give it without: with_format(None)")
         self.image, label, names = columns(table.features, what, choice.image, choice.label)
         table = table.with_format(None)
         self.table, self.what = table.cast_column(self.image, datasets.Image(decode=False)), what
@@ -234,10 +255,11 @@ def folder_of(name, root=None):
     "The folder that holds data set `name`, or None if it has to come from the hub. A FileNotFoundError if it is missing or empty."
     home = os.environ.get("M2MKD_DATA")
     if root is None and (not name or Path(name).is_absolute() or name[0] in ".~"):
-        raise ValueError(f"name = {name!r} is a path or nothing; name the set and write root={name!r}")
-    folder = Path(root).expanduser() if root is not None else Path(home)/name if home and (Path(home)/name).exists() else None
+        raise ValueError(f"name = {name!r} is a path or nothing: give a name, and the path as root")
+    at_home = Path(home)/name if home and (Path(home)/name).exists() else None
+    folder = at_home if root is None else Path(root).expanduser()
     if folder is None: return None
-    if folder.is_file(): raise ValueError(f"{folder} is a file; data set {name!r} is a folder (an archive has to be unpacked)")
+    if folder.is_file(): raise ValueError(f"{folder} is a file; unpack it, and set root to the folder")
     if not folder.is_dir(): raise FileNotFoundError(f"the folder of data set {name!r} is missing: {folder}")
     if not any(folder.iterdir()): raise FileNotFoundError(f"the folder of data set {name!r} is empty: {folder}{LAYOUTS}")
     return folder
@@ -245,11 +267,13 @@ def folder_of(name, root=None):
 def layout(folder):
     "{split: open(choice) -> source} of what lies in `folder`; a ValueError says what was found and what was expected."
     folder = Path(os.path.abspath(folder))
-    if any((folder/f).is_file() for f in ("dataset_dict.json", "state.json")): return saved_splits(folder)
+    saved = folder/"dataset_dict.json", folder/"state.json"
+    if any(f.is_file() for f in saved): return saved_splits(folder)
     tree = walk(folder)
     tables, pictures = table_splits(folder, tree), [s for s in full(tree, ()) if s.lower() not in _SHOWN]
     if tables and pictures:
-        raise ValueError(f"{folder} holds parquet files and images ({pictures[0]}): set root to the folder of those that count")
+        raise ValueError(f"{folder} holds parquet files and images ({pictures[0]}): set root to the folder "
+                         "of those that count")
     if tables: return {s: partial(_from_files, files, str(folder)) for s, files in tables.items()}
     splits = image_splits(tree, folder.name)
     if not splits: raise ValueError(_nothing(folder, tree))
@@ -260,21 +284,24 @@ def layout(folder):
     return {s: partial(Folder, folder, tree, at, splits.get(like, at)) for s, at in splits.items()}
 
 def _nothing(folder, tree):
-    packed = next((Path(folder, *at, f) for at in sorted(tree) for f in tree[at] if ending(f) in ARCHIVES), None)
-    if packed: return f"{folder} holds no images, but the archive {packed}: unpack it{LAYOUTS}"
+    packed = [Path(folder, *at, f) for at in sorted(tree) for f in tree[at] if ending(f) in ARCHIVES]
+    if packed: return f"{folder} holds no images, but the archive {packed[0]}: unpack it{LAYOUTS}"
     if not tree[()] or len(tree) > 1 or any(ending(f) in ENDINGS for f in tree[()]):
-        return f"{folder} holds {len(tree[()])} files and no folder of images for each class{LAYOUTS}"
+        return f"{folder} has no folder of images for each class{LAYOUTS}"
     return f"{folder} holds {', '.join(tree[()][:5])}{LAYOUTS}"
 
 def saved_splits(folder):
     "The splits of what `save_to_disk` of the datasets library wrote."
     try: found = datasets.load_from_disk(str(folder))
-    except Exception as e: raise ValueError(f"{folder} is no whole data set saved by save_to_disk: {str(e).splitlines()[0]}") from None
+    except Exception as e:
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{folder} is no whole data set of save_to_disk: {said}") from None
     return table_splits_of(found, str(folder), folder.name)
 
 def table_splits_of(found, what, own="train"):
-    "{split: open(choice)} of a `datasets.Dataset` or `DatasetDict`; `own`: the split of one without a name, if that is one."
-    if not isinstance(found, dict): found = {str(found.split or (own if kind(own) else "train")): found}
+    "{split: open(choice)} of a `datasets.Dataset` (or of one called `own`), or of a `DatasetDict`."
+    if not isinstance(found, dict):
+        found = {str(found.split or (own if kind(own) else "train")): found}
     return {s: partial(_whole, t, what) for s, t in found.items()}
 
 def _whole(table, what, choice=Choice()):
@@ -285,7 +312,8 @@ def _from_files(files, what, choice=Choice()):
     "Parquet files, or the same rows as a memory-mapped table where they will be read at random."
     source = Parquet(files, choice)
     if not choice.mapped: return source
-    table = datasets.load_dataset("parquet", data_files=[str(f) for f in source.files], split="train")
+    files = [str(f) for f in source.files]
+    table = datasets.load_dataset("parquet", data_files=files, split="train")
     mapped = Table(table, what, choice)
     mapped.ids, mapped.names, mapped.labels = source.ids, source.names, source.labels
     return mapped
@@ -297,9 +325,11 @@ def _hub_splits(name, choice):
     "The splits of a hub data set."
     if "/" not in name: known(name, SETS, "data set")
     if choice.files is not None:
-        raise ValueError(f"files = {tuple(choice.files)} picks parquet files of a local folder: set root for {name!r}, or $M2MKD_DATA")
+        raise ValueError(f"files = {tuple(choice.files)} picks parquet files of a local folder: set root "
+                         f"for {name!r}, or $M2MKD_DATA")
     hub = SETS.get(name, name)
-    try: splits = list(datasets.load_dataset_builder(hub).info.splits or datasets.get_dataset_split_names(hub))
+    try:
+        splits = datasets.load_dataset_builder(hub).info.splits or datasets.get_dataset_split_names(hub)
     except Exception as e:
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         local = f"data set {name!r} is in no local folder (root, $M2MKD_DATA/{name})"
@@ -308,18 +338,19 @@ def _hub_splits(name, choice):
 
 def splits_of(name, root=None, choice=Choice()):
     "{split: open(choice) -> source} of a data set."
-    if name == "digits" and root is not None: raise ValueError(f"root = {root!r}: the digits are embedded; give a set of your own another name")
+    if name == "digits" and root is not None:
+        raise ValueError(f"root = {str(root)!r}: the digits are embedded; give your own set another name")
     if name == "digits": return {s: partial(Digits, s) for s in ("train", "test")}
     folder = folder_of(name, root)
     there = layout(folder) if folder else _hub_splits(name, choice)
     return {s: find for s, find in there.items() if s not in WITHOUT_LABELS.get(name, ())}
 
 def open_split(there, asked, what, choice=Choice()):
-    "The source of the split that is `asked`, which its `split` names as it is there, by the rules in layouts."
-    own, train = split_name(asked, list(there), what), split_name("train", list(there), what)
+    "The source of the split that is `asked` by the rules in layouts; its `split` is its name there."
+    own, train = (split_name(s, list(there), what) for s in (asked, "train"))
+    def like(): return there[train](replace(choice, files=None, mapped=False)).names
     def opened(split):
-        like = (lambda: there[train](replace(choice, files=None, mapped=False)).names) if train and train != split else None
-        source = there[split](replace(choice, like=like))
+        source = there[split](replace(choice, like=like if train not in (None, split) else None))
         source.split = split
         return source
     other = stand_in(asked, list(there), what)

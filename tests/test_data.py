@@ -349,7 +349,7 @@ def test_other_layout(tmp_path, image_folder):
     fails(lambda: load("tiny-imagenet", other), "no folder of images for each class", "expected")
     (other/"images.zip").write_bytes(b"PK")
     fails(lambda: load("tiny-imagenet", other), str(other/"images.zip"), "unpack it")
-    fails(lambda: load("tiny-imagenet", other/"images.zip"), "is a file", "unpacked")
+    fails(lambda: load("tiny-imagenet", other/"images.zip"), "is a file", "unpack it")
     (image_folder/"val"/"crow").rename(image_folder/"val"/"raven")
     fails(lambda: load("birds", image_folder, split="val"), "'raven'", "no class of", "train")
 

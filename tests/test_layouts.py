@@ -12,9 +12,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from m2mkd import pixels
-from m2mkd.core import from_plain, to_plain
+from m2mkd.augment import Augment, normalise
+from m2mkd.core import from_plain, seeded, to_plain
 from m2mkd.data import Batches, Data, FileSet, Given, load, whole_split
 from m2mkd.pipeline import Task
+from m2mkd.train import Runtime, Training, end_to_end, train
 
 
 def picture(k, size=6): return Image.fromarray(np.random.default_rng(k).integers(0, 256, (size, size, 3), dtype=np.uint8))
@@ -162,7 +164,7 @@ def test_links(tmp_path):
 
 def test_names_that_are_folders(tmp_path, monkeypatch):
     root = put(tmp_path/"d", "a/0.png", "b/0.png")
-    fails(lambda: load(str(root)), "is a path", "root=")
+    fails(lambda: load(str(root)), "is a path", "root")
     assert load(root).classes == ("a", "b") and load(Path(root), per_class=1).labels.tolist() == [0, 1]
     fails(lambda: load("digits", root), "embedded")
     for wrong in (dict(files=(0,)), dict(label="y"), dict(split="dev")): fails(lambda: load("digits", **wrong), "digits")
@@ -350,3 +352,37 @@ def test_batches_of_given_sets():
     assert torch.equal(Batches(Torch(), 4, seed=1).at(0, 0)[0], Batches(load(Torch()), 4, seed=1).at(0, 0)[0])
     assert sum(len(y) for _, y in whole_split(Torch(), 3)) == 8
     assert isinstance(Given.of(Torch()).load().images, torch.Tensor)
+
+
+# --- batches of one's own ---
+
+class Net(torch.nn.Sequential):
+    def __init__(self, classes=2): super().__init__(torch.nn.Flatten(), torch.nn.Linear(108, classes))
+
+def trained(folder, batches, seed=0, **more):
+    "The weights after two epochs on the batches."
+    with seeded(seed, "net"): net = Net()
+    settings = Training(**dict(epochs=2, batch_size=4, lr=0.1) | more)
+    train(end_to_end(net, 0), batches, settings, {"model": folder}, runtime=Runtime(device="cpu"))
+    return net[1].weight.detach()
+
+def tensors(n=8):
+    return TensorDataset(load(Torch(n)).images, load(Torch(n)).labels)
+
+def test_train_takes_any_batches_with_a_length(tmp_path, capsys):
+    by_loader = trained(tmp_path/"a", DataLoader(tensors(), batch_size=4))
+    assert capsys.readouterr().out.count("not equal to the bit") == 1
+    x, y = tensors().tensors
+    plain = [(normalise(x[k:k + 4].float(), 255), torch.eye(2)[y[k:k + 4]]) for k in (0, 4)]      # the same, as a list, with soft targets
+    assert torch.allclose(by_loader, trained(tmp_path/"b", plain), atol=1e-6)
+    assert len(trained(tmp_path/"c", DataLoader(tensors(7), batch_size=4))) == 2              # a smaller last batch
+
+@pytest.mark.parametrize("batches,said,kind", [
+    (lambda: (b for b in ()), "generator", TypeError), (lambda: [], "length is 0", ValueError), (lambda: Net(), "Net", TypeError),
+    (lambda: DataLoader(tensors(), batch_size=2), "batch_size = 4", ValueError), (lambda: tensors(), "expected (B, 3, H, W)", ValueError),
+    (lambda: [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 0]))], "2 logits", ValueError),
+    (lambda: [(torch.rand(4, 1, 6, 6), torch.zeros(4).long())], "(4, 1, 6, 6)", ValueError), (lambda: [dict(x=1)], "dict", ValueError)])
+def test_what_are_no_batches(tmp_path, batches, said, kind): fails(lambda: trained(tmp_path/"a", batches()), said, kind=kind)
+
+def test_augment_does_not_reach_foreign_batches(tmp_path):
+    fails(lambda: trained(tmp_path/"a", DataLoader(tensors(), batch_size=4), augment=Augment(flip=0.2)), "augment")
