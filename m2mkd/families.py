@@ -183,13 +183,13 @@ def _staged(net):
 
 def _pure(part, x):
     "What `part` makes of `x`, which stays as it is: layers that change it in place no longer do."
-    before = x.clone()
+    before, version = x.clone(), x._version
     y = part(x)
-    if torch.equal(x, before): return y
+    if x._version == version: return y
     for m in part.modules():
         if getattr(m, "inplace", False): m.inplace = False
-    y = part(x.copy_(before))
-    if torch.equal(x, before): return y
+    y = part(before)
+    if before._version == 0: return y
     raise TypeError("it changes what flows in place")
 
 def _tried(net, parts):
@@ -209,12 +209,13 @@ def _tried(net, parts):
 # %% ../nbs/01b_families.ipynb #8818d8e3
 def cut(model):
     "A timm model as a `Cut`, parameters shared; a TypeError names a model that cannot be cut."
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module): raise TypeError(f"to_chain takes a timm model, got {kind}")
     if any(getattr(m, "distilled_training", False) for m in model.modules()):
         raise ValueError("distilled_training returns two logits in training: switch it off")
     try: return _tokens(model) if isinstance(model, TOKENS) else _tried(model, _staged(model))
     except TypeError as e: reason = e
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    kind = type(model).__name__
     if name is None: raise TypeError(f"to_chain takes a timm model, got {kind}: {reason}")
     raise TypeError(f"{name} cannot be cut into modules ({reason}): timm has it, as {kind}; "
                     "build a chain yourself, see own_models")
