@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_depths', 'split', 'join', 'hybrid', 'freeze', 'evaluating', 'flow', 'Stitch', 'stitch', 'unstitched', 'renew',
-           'load', 'assemble']
+           'first', 'differences', 'load', 'assemble']
 
 # %% ../nbs/01_chain.ipynb #9695127d
 import contextlib, re
@@ -136,19 +136,52 @@ def renew(old, own):
     "Rule: keep the freshly initialised value of the model that is loaded into."
     return own
 
+def first(names, n=4):
+    "The first `n` of `names`, and how many more there are."
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if names[n:] else "")
+
+def _kind(x):
+    "What a tensor is made of, where that is more than its shape."
+    if x.layout != torch.strided: return str(x.layout).removeprefix("torch.")
+    return str(x.dtype).removeprefix("torch.")
+
+def _unlike(key, old, own):
+    "How the tensor `old` cannot become `own`, or None; any floating-point type becomes any other."
+    if not torch.is_tensor(old): return f"{key} is a {type(old).__name__} in it, a tensor here"
+    if old.shape != own.shape: return f"{key} is {tuple(old.shape)} in it, {tuple(own.shape)} here"
+    same = old.is_floating_point() == own.is_floating_point() and old.is_complex() == own.is_complex()
+    if old.layout != own.layout or not same:
+        return f"{key} is {_kind(old)} in it, {_kind(own)} here"
+    if old.is_meta and not own.is_meta: return f"{key} has a shape and no numbers in it (meta)"
+
+def _broken(x):
+    "Whether a floating-point tensor holds NaN or infinity."
+    if x.is_meta or not (x.is_floating_point() or x.is_complex()): return False
+    return not (x.float() if x.element_size() == 1 else x).isfinite().all()
+
+def differences(state, own):
+    "All that keeps `state` from being loaded as `own` ({name: tensor}), in one sentence; or None."
+    unlike = [s for k in own if k in state and (s := _unlike(k, state[k], own[k]))]
+    kinds = {"": unlike, "missing: ": [k for k in own if k not in state],
+             "unknown: ": [k for k in state if k not in own]}
+    said = [f"{kind}{first(names)}" for kind, names in kinds.items() if names]
+    if said: return "checkpoint of another model: " + "; ".join(said)
+    broken = [k for k in own if _broken(state[k])]
+    if broken: return f"damaged checkpoint: NaN or infinity in {first(broken)}"
+
 def load(module, state, rules=()):
-    "Load `state` into `module` strictly, but for keys that match one of `rules` [(regex, f(old, own) -> tensor)]; returns the keys so treated."
+    """Load `state` into `module` strictly, but for keys that match one of `rules` [(regex, f(old, own) -> tensor)];
+    returns the keys so treated. A ValueError names all `differences`."""
     own, state, treated = module.state_dict(), dict(state), []
     for key in own:
         rule = next((f for pattern, f in rules if re.search(pattern, key)), None)
         if rule is None or (key in state and rule is not renew and state[key].shape == own[key].shape): continue
-        state[key] = rule(state.get(key), own[key])
+        rule = rule.within(module, key) if hasattr(rule, "within") else rule
+        if (value := rule(state.get(key), own[key])) is None: continue
+        state[key] = value
         treated.append(key)
-    for key in [*own, *state]:
-        if key not in state: raise ValueError(f"checkpoint of another model: {key} {tuple(own[key].shape)} is missing in it")
-        if key not in own: raise ValueError(f"checkpoint of another model: its {key} {tuple(state[key].shape)} has no place in this model")
-        if state[key].shape != own[key].shape:
-            raise ValueError(f"checkpoint of another model: {key} is {tuple(state[key].shape)} in it, {tuple(own[key].shape)} here")
+    if said := differences(state, own): raise ValueError(said)
     module.load_state_dict(state)
     return treated
 

@@ -335,7 +335,8 @@ class NAC(Model):
 CIRCUIT_ONLY = r"^(inputs|mediators|outputs|seeder)\.|attention\.kernel\."   # what a module alone does not have
 
 def resize_grid(old, own):
-    "Rule: a position grid (P, h, w), resampled to the new size."
+    "Rule: a position grid (P, h, w), resampled to the new size; what is no grid of that width is handed back."
+    if old is None or old.dim() != 3 or len(old) != len(own): return old
     return F.interpolate(old[None], own.shape[1:], mode="bicubic", antialias=True)[0]
 
 def hand_on(circuit, codes):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .chain import freeze, hybrid, load as load_strictly, stitch, unstitched
+from .checkpoint import files
 from .core import Settings, from_plain, hash_of, read_json, seeded, sha256, to_plain, write_json
 from .data import Batches, Data, Given, ImageSet, digest, whole_split
 from .distill import Distillation, match_host, match_modules, match_nothing, paired
@@ -155,7 +156,7 @@ def frozen(model, device):
 def _files(plain):
     "SHA-256 of the local checkpoints that a model's plain settings name."
     if not isinstance(plain, dict): return []
-    own = [sha256(plain["checkpoint"])] if plain.get("checkpoint") and Path(plain["checkpoint"]).is_file() else []
+    own = [sha256(f) for f in files(plain["checkpoint"]) if f.is_file()] if plain.get("checkpoint") else []
     return own + [s for v in plain.values() for s in _files(v)]
 
 def _state(stage, model):

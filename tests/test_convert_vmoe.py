@@ -35,6 +35,7 @@ def by_module(state): return {k: v for k, v in state.items() if k.startswith("st
 LAYOUTS = {"as it is": lambda s: s, "stacked": old_layout, "by module": by_module, "stacked, by module": lambda s: by_module(old_layout(s)),
            "half of the duplicates": lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.")},
            "model": lambda s: {"model": s, "epoch": 1, "optimizer": {"state": {}}},
+           "within DistributedDataParallel, compiled": lambda s: {"state_dict": {"module._orig_mod." + k: v for k, v in s.items()}},
            "model and model_stages": lambda s: {"model": s, "model_stages": stages_of(s)}, "model_stages": lambda s: {"model_stages": stages_of(s)}}
 
 
@@ -159,12 +160,16 @@ BAD = {
     "unknown": (lambda s: s | {"stages.0.blocks.0.gamma": s["norm.bias"]}, r"unknown: stages.0.blocks.0.gamma$"),
     "unknown, as a whole": (lambda s: s | {"fc.weight": s["norm.bias"]}, "unknown: fc.weight"),
     "a block too many": (lambda s: s | {"blocks.9.norm1.bias": s["norm.bias"]}, "unknown: blocks.9.norm1.bias"),
-    "router": (lambda s: by_module(s) | {"stages.0.blocks.1.moe.gate.gate.weight": torch.zeros(3, 12)}, r"of another shape: stages.0.blocks.1.moe.gate.gate.weight is \(3, 12\), not \(4, 12\)"),
-    "expert": (lambda s: {k: v for k, v in s.items() if "experts.3." not in k}, r"htoh4.weight is \(3, 48, 12\), not \(4, 48, 12\)"),
+    "router": (lambda s: by_module(s) | {"stages.0.blocks.1.moe.gate.gate.weight": torch.zeros(3, 12)}, r"model: stages.0.blocks.1.moe.gate.gate.weight is \(3, 12\) in it, \(4, 12\) here$"),
+    "expert": (lambda s: {k: v for k, v in s.items() if "experts.3." not in k}, r"htoh4.weight is \(3, 48, 12\) in it, \(4, 48, 12\) here"),
     "a hole": (lambda s: {k: v for k, v in s.items() if "experts.1." not in k}, "expert 1 of 4 is missing"),
     "duplicate": (lambda s: s | {"blocks.2.attn.proj.bias": s["norm.bias"] + 1}, "blocks.2.attn.proj.bias differs from its duplicate stages.1.blocks.0.attn.proj.bias"),
     "stages": (lambda s: {"model": s, "model_stages": stages_of({k: v + 1 for k, v in s.items()})}, "differs from its duplicate"),
-    "wrapper": (lambda s: {"state_dict": s}, "no published checkpoint: .* not one with state_dict"),
+    "wrapper": (lambda s: {"state_dict": {}, "epoch": 3}, "no checkpoint: .* not one with state_dict, epoch"),
+    "two": (lambda s: {"net": s, "other": {k: v + 1 for k, v in s.items()}}, "holds two such models, net and other"),
+    "one expert of another kind": (lambda s: s | {"stages.0.blocks.0.moe.experts.2.h4toh.bias": torch.zeros(1, 12, dtype=torch.int8)}, "expert 2 is .*int8"),
+    "one expert of another shape": (lambda s: s | {"stages.1.blocks.0.moe.experts.1.htoh4.bias": torch.zeros(1, 12)}, r"expert 1 is \(\(1, 12\)"),
+    "NaN": (lambda s: s | {k: s["norm.bias"] * torch.nan for k in ("norm.bias", "stages.1.norm.bias")}, "damaged checkpoint: NaN or infinity in stages.1.norm.bias"),
     "nothing": (lambda s: {}, "not an empty one"), "a list": (lambda s: [s], "not a list"),
 }
 
@@ -178,7 +183,7 @@ def test_bad_checkpoints(small, spoil, said):
 
 @pytest.mark.parametrize("wrong,said", [(dict(moe_pos=[4]), "mixture position 4 is outside the model"), (dict(top_k=5), "top_k 5 with 4 experts"),
     (dict(num_experts=4), "nearest: num_expert"), (dict(divided_depths=None), "divided_depths is missing"), (dict(num_heads=5), "not divisible by 5 heads"),
-    (dict(model_name="vmoe_bsae"), "nearest: vmoe_base"), (dict(num_classes=7), r"head.weight is \(10, 12\), not \(7, 12\)"),
+    (dict(model_name="vmoe_bsae"), "nearest: vmoe_base"), (dict(num_classes=7), r"head.weight is \(10, 12\) in it, \(7, 12\) here"),
     (dict(img_size=30), "not divisible by the patch size")])
 def test_bad_settings(small, wrong, said):
     with pytest.raises(ValueError, match=said): vmoe_from_published(small[1], small[0] | wrong)

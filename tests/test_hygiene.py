@@ -15,16 +15,16 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
-    "core folder measure products",
+    "checkpoint core folder measure products",
     "augment chain data families given graphs layouts pixels sources vit",
     "modulated nac plain routing tokenizers train vmoe",
-    "checkpoint convert convert_nac distill evaluate",
+    "convert convert_nac distill evaluate",
     "pipeline report")) for name in names.split()}
 BESIDE = dict(
     core={"measure"}, folder={"products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
     vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
-    convert={"convert_nac", "checkpoint"}, convert_nac={"checkpoint"})
+    convert={"convert_nac"})
 
 
 def code_cells(path): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]

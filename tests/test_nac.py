@@ -180,7 +180,7 @@ def test_what_is_left_out_has_the_published_defaults():
     assert nac_from_published({"model": state_of(settings, classes, size)}, dict(input_dim=3, output_dim=7, state_dim=16, latent_graph_kwargs=sizes))
 
 WRONG = [
-    ({"student_type": "imagenet"}, ["student_type"]), ({G + "num_head": 2}, ["num_head", "num_heads"]), ({G + "code_dim": ...}, ["code_dim", "missing"]),
+    ({"student_types": "imagenet"}, ["student_types"]), ({"predefined_states_dir": "x"}, ["predefined_states_dir", "x"]), ({G + "num_head": 2}, ["num_head", "num_heads"]), ({G + "code_dim": ...}, ["code_dim", "missing"]),
     ({"input_dim": ...}, ["input_dim", "missing"]), ({G + "mod_fc_cls": "FC"}, ["FC", "ModFC"]), ({G + "read_in_cls": "ProjectionReadIn"}, ["ProjectionReadIn"]),
     ({G + "read_in_kwargs__layer_scale_initial_value": 1.}, ["layer_scale_initial_value", "read_in_kwargs"]), ({P + "straight_through": True}, ["straight_through"]),
     ({G + "mod_fc_kwargs__scale_dropout": 0.1}, ["scale_dropout"]), ({"output_tokenizer_kwargs": dict(softmax_type="sparsemax")}, ["sparsemax", "vanilla"]),
@@ -197,8 +197,9 @@ def test_an_option_that_is_wrong_is_named(published, options, said): fails(lambd
 
 def test_a_student_module_whose_options_are_wrong():
     options, parts = reference("student_read_out")
-    for change, said in (({"share_kwargs__state_dim": ...}, "state_dim"), ({"stitch_dim": ...}, "stitch_dim"), ({"readout__output_dim": ...}, "output_dim"),
-                         ({"readout__num_heads": ...}, "num_heads"), ({"readout__kernel_kwargs": {}}, "kernel_kwargs"), ({"mediator": {}}, "mediator")):
+    for change, said in (({"share_kwargs__state_dim": ...}, "state_dim"), ({"stitch_dim": 24}, "stitch_dim = 24, but pre_stitch of the checkpoint is of width 20"), ({"readout__output_dim": ...}, "output_dim"),
+                         ({"readout__num_heads": ...}, "num_heads"), ({"readout__kernel_kwargs": {}}, "kernel_kwargs"), ({"mediators": {}}, "mediator"),
+                         ({"mediator": {}, "readout": ...}, "lacks its section readout; it has mediator")):
         fails(lambda: student_from_published(parts["state"], changed(options, **change)), said)
 
 def test_parameters_that_are_wrong_are_named(published):
@@ -207,7 +208,9 @@ def test_parameters_that_are_wrong_are_named(published):
     fails(lambda: nac_from_published({k: v for k, v in state.items() if k != codes}, options), codes)
     fails(lambda: nac_from_published(state | {"propagators.0.extra": state[codes]}, options), "propagators.0.extra")
     fails(lambda: nac_from_published(state | {codes: state[codes][:3]}, options), codes, "(3, 16)", "(8, 16)")
-    fails(lambda: nac_from_published({"weights": state}, options), "weights")
+    fails(lambda: nac_from_published({"weights": {}}, options), "weights")
+    fails(lambda: nac_from_published(state | {codes: state[codes] * torch.nan}, options), "NaN", codes)
+    assert nac_from_published({"weights": {"module." + k: v for k, v in state.items()}}, options)
     assert nac_from_published({"model": state, "epoch": 3}, options)
     fails(lambda: nac_from_published(state, changed(options, graph__use_geglu=False)), "read_in.ffn.ffn.0.native_weight", "(72, 24)", "(36, 24)")
 

@@ -284,7 +284,7 @@ def test_weights_of_another_model(stages, tmp_path):
     fails(lambda: lab.end_to_end("e2e", wide, SOURCE, BRIEF, start=stages["teacher"]),
           "checkpoint of another model: 0.embed.vit.cls_token is (1, 1, 16) in it, (1, 1, 12) here")
     deep = TEACHER.but(depths=(2, 2, 1))
-    fails(lambda: lab.finetune("e2e", deep, [stages["teacher"]], SOURCE, BRIEF), "checkpoint of another model: 1.blocks.1.norm1.weight (16,) is missing in it")
+    fails(lambda: lab.finetune("e2e", deep, [stages["teacher"]], SOURCE, BRIEF), "checkpoint of another model: missing: 1.blocks.1.norm1.weight, ")
     fails(lambda: lab.finetune("e2e", STUDENT.but(experts=3), stages["modules"], SOURCE, BRIEF),
           "checkpoint of another model: blocks.0.mlp.w1 is (2, 8, 32) in it, (3, 8, 32) here")
     fails(lambda: lab.finetune("e2e", STUDENT, [stages["teacher"]], TARGET, BRIEF), "checkpoint of another model: ")
