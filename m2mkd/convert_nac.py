@@ -24,6 +24,7 @@ from .tokenizers import ConvNeXtStem, FirstLatent, Pooling
 # %% ../nbs/10a_convert_nac.ipynb #1548ceb9
 def _take(given, what, **defaults):
     "The options `given`, filled up with `defaults`; a ValueError names an option that is not among them, or is missing (its default is `...`)."
+    if not isinstance(given or {}, dict): raise ValueError(f"{what} = {given!r}: options by name are expected")
     for key in given or {}: known(key, defaults, f"option of {what}")
     options = {**defaults, **(given or {})}
     for key, default in defaults.items():
@@ -321,7 +322,7 @@ def student_from_published(state_dict, kwargs, code=None, state=None, module=Non
     sections = [k for k in ALONE if getattr(top, k) is not None]
     kind = _which(module, sections, STITCHES.get(tuple(sorted(widths))), names)
     _check_width(top.stitch_dim, widths)
-    options = {**(top.share_kwargs or {}), **getattr(top, kind)}
+    options = configuration(top.share_kwargs or {}) | configuration(getattr(top, kind))
     k, options = _split(options, "a student module", state_dim=..., code_dim=...)
     alone, settings = ALONE[kind](options, dict(width=k.state_dim, code_width=k.code_dim))
     alone.isolate(settings, state=kind != "mediator")

@@ -309,6 +309,15 @@ def test_student_modules_of_a_vmoe(tmp_path):
             assert [n for n, _ in found.named_children()] == [n for n, _ in expected.named_children()]
             assert torch.equal(run(found.eval(), i), run(expected, i))
 
+def test_a_whole_vmoe_that_kept_its_stitch_layers():
+    parts = [(wrapped, state) for _, wrapped, state in students()]
+    state = {k.replace("stages.0.", f"stages.{i}."): v for i, (_, s) in enumerate(parts) for k, v in s.items() if k.startswith("stages.")}
+    settings = MOE | dict(model_name="vmoe_base", divided_depths=[2, 2, 2], moe_pos=list(range(6)))
+    chain = vmoe_from_published({"model": state}, settings | dict(pre_stitch_pos=[2, 4], post_stitch_pos=[1, 3], stitch_dim=20)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(chain(x), parts[2][0](parts[1][0](parts[0][0](x)))) and state.keys() < to_published(chain).keys()
+    fails(lambda: vmoe_from_published(state, settings | dict(pre_stitch_pos=[2])), "pre_stitch_pos = [2], but the checkpoint has [2, 4]")
+
 def test_student_modules_of_a_vmoe_that_are_others():
     (_, _, first), (_, _, middle), (_, _, last) = students()
     for state, settings, said in ((middle, dict(stitch_dim=24), "stitch_dim = 24"), (middle, dict(pre_stitch_pos=[1]), "pre_stitch_pos = [1], but the checkpoint has [0]"),
@@ -359,6 +368,7 @@ def test_a_student_module_that_nothing_tells():
     fails(lambda: student_from_published({"x": torch.zeros(1)}, SECTIONS), "'readin', 'mediator', 'readout'", "module =")
     fails(lambda: student_from_published({"x": torch.zeros(1)}, SECTIONS, module="propagator"), "unknown student module 'propagator'")
     fails(lambda: nac_settings(SECTIONS), "student_from_published")
+    fails(lambda: student_from_published({}, {"mediator": 3, "share_kwargs": SHARE}), "configuration is a int")
 
 def test_the_published_file_of_a_circuit(tmp_path):
     graph = dict(code_dim=8, signature_dim=6, num_input_latents=4, num_mediator_latents=6, num_output_latents=3, num_iterations=2, num_heads=2, head_dim=4)

@@ -180,7 +180,7 @@ def test_what_is_left_out_has_the_published_defaults():
     assert nac_from_published({"model": state_of(settings, classes, size)}, dict(input_dim=3, output_dim=7, state_dim=16, latent_graph_kwargs=sizes))
 
 WRONG = [
-    ({"student_types": "imagenet"}, ["student_types"]), ({"predefined_states_dir": "x"}, ["predefined_states_dir", "x"]), ({G + "num_head": 2}, ["num_head", "num_heads"]), ({G + "code_dim": ...}, ["code_dim", "missing"]),
+    ({"student_types": "imagenet"}, ["student_types"]), ({"predefined_states_dir": "x"}, ["predefined_states_dir", "x"]), ({G + "mod_fc_kwargs": 3}, ["mod_fc_kwargs = 3"]), ({G + "num_head": 2}, ["num_head", "num_heads"]), ({G + "code_dim": ...}, ["code_dim", "missing"]),
     ({"input_dim": ...}, ["input_dim", "missing"]), ({G + "mod_fc_cls": "FC"}, ["FC", "ModFC"]), ({G + "read_in_cls": "ProjectionReadIn"}, ["ProjectionReadIn"]),
     ({G + "read_in_kwargs__layer_scale_initial_value": 1.}, ["layer_scale_initial_value", "read_in_kwargs"]), ({P + "straight_through": True}, ["straight_through"]),
     ({G + "mod_fc_kwargs__scale_dropout": 0.1}, ["scale_dropout"]), ({"output_tokenizer_kwargs": dict(softmax_type="sparsemax")}, ["sparsemax", "vanilla"]),
