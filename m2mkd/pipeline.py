@@ -15,6 +15,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .arguments import (DISTILLATION, FLOOR, FOLDER, MODEL, NAME, ONLY, ROOT, RUNTIME, SEED,
+    STAGE, STAGES, TASK, TEACHER, TRAINING, check_chain, check_images, check_number, check_pairs,
+    check_roles, check_trains, checked, in_order, sets_of)
 from .chain import freeze, hybrid, load as load_strictly, stitch, unstitched
 from .checkpoint import files
 from .core import Settings, from_plain, hash_of, read_json, seeded, sha256, to_plain, write_json
@@ -100,6 +103,8 @@ class Stage:
     path: Path
     inputs: tuple = field(default=(), repr=False)
 
+    def __post_init__(self): object.__setattr__(self, "path", Path(self.path))
+
     @property
     def settings(self): return read_json(self.path/"settings.json")
 
@@ -134,7 +139,13 @@ def _blank(plain):
     blank = {"pretrained": False, "checkpoint": None, "prior": None}
     return {k: blank[k] if k in blank else _blank(v) for k, v in plain.items()}
 
-def load(path):
+def _empty(plain, record):
+    "The untrained chain of plain settings for the classes and image size of `record`."
+    spec = from_plain(_blank(plain))
+    with seeded(0, "empty"): return spec.build(len(record["classes"]), record["image_size"])
+
+@checked
+def load(path: FOLDER):
     "The model (or the single module) of a finished stage, on the CPU, from settings.json and model.safetensors alone; strict."
     settings = from_plain(_blank(read_json(Path(path)/"settings.json")))
     model = settings["model"].build(len(settings["classes"]), settings["image_size"])
@@ -167,10 +178,9 @@ def start_from(chain, model, modules, record, position):
     "Load the Stages `modules` (one a module, or a single whole model, or none) into `chain`; returns the keys that were new or resized."
     if not modules: return []
     same = all(record[k] == modules[0].settings[k] for k in ("classes", "image_size"))
-    rules, states, numbers = () if same else model.rules(position), [_state(s, model) for s in modules], [s.settings["module"] for s in modules]
-    if numbers == [None]: return load_strictly(chain, states[0], rules)
-    if numbers != list(range(len(numbers))):
-        raise ValueError(f"the stages are the modules {numbers} of a model; they are assembled in order, 0 to {len(numbers) - 1}")
+    rules = () if same else model.rules(position)
+    states = [_state(s, model) for s in in_order(modules)]
+    if modules[0].settings["module"] is None: return load_strictly(chain, states[0], rules)
     return model.assemble(chain, states, rules)
 
 def modules_of(stages):
@@ -198,13 +208,18 @@ class HybridError(ValueError):
 class Lab:
     """Where an experiment's stages live (`root`), where they run, the seed of what is not given another, and the `floor`: the share of the meta
     model's accuracy that each module's hybrid must reach."""
-    def __init__(self, root, runtime=Runtime(), seed=0, floor=0.5):
-        self.root, self.runtime, self.seed, self.floor, self.sets = Path(root), runtime, seed, floor, {}
+    @checked
+    def __init__(self, root: ROOT, runtime: RUNTIME = Runtime(), seed: SEED = 0,
+                 floor: FLOOR = 0.5):
+        self.root, self.runtime, self.seed, self.floor, self.sets = root, runtime, seed, floor, {}
 
-    def images(self, task):
+    @checked
+    def images(self, task: TASK):
         "(training set, test set) of a task on the device, loaded once."
         if task not in self.sets:
             train, test = task.load()
+            if len(train.classes) < 2:
+                raise ValueError(f"the task has one class, {train.classes[0]!r}: nothing to learn")
             self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), hash_of(digest(train), digest(test))
         return self.sets[task][:2]
 
@@ -229,18 +244,35 @@ class Lab:
 
     def _built(self, model, task, seed):
         images = self.images(task)[0]
-        with seeded(seed, "init"): return model.build(len(images.classes), images.image_size)
+        with seeded(seed, "init"): chain = model.build(len(images.classes), images.image_size)
+        return check_chain(type(model).__name__, chain, len(images.classes), images.image_size)
 
-    def end_to_end(self, name, model, task, training, seed=None, start=None, position="resize"):
+    def _wanted(self, name, model, stages, task, only):
+        "The modules of `model` to train inside stages[0], if all fit: a teacher, stages[1], too."
+        check_images(name, **sets_of(stages))
+        record = stages[0].settings
+        host, *teacher = [_empty(s.settings["model"], record) for s in stages]
+        for other in teacher: check_number("teacher", other, host)
+        chain, classes = _empty(to_plain(model), record), len(record["classes"])
+        wanted = check_pairs(name, chain, host, classes, record["image_size"], only)
+        check_images(name, **sets_of(stages, self.images(task)[0]))
+        return wanted
+
+    @checked
+    def end_to_end(self, name: NAME, model: MODEL, task: TASK, training: TRAINING,
+                   seed: SEED = None, start: STAGE = None, position="resize"):
         "Train `model` on the labels of `task`, from a fresh start or from the Stage `start` (of the same model)."
         return self.finetune(name, model, [start] if start else [], task, training, seed, position)
 
-    def finetune(self, name, model, modules, task, training, seed=None, position="resize"):
+    @checked
+    def finetune(self, name: NAME, model: MODEL, modules: STAGES, task: TASK, training: TRAINING,
+                 seed: SEED = None, position="resize"):
         "Assemble the Stages `modules` (one a module, or one whole model, or none: a fresh start) in `model` and train it end to end."
         seed = self.seed if seed is None else seed
         record = self._settings(name, model, task, training, seed, modules, **({"position": position} if modules else {}))
         def make():
             chain = self._built(model, task, seed)
+            check_trains(name, chain)
             treated = start_from(chain, model, modules, record, position)
             if treated: print(f"{name}: new or resized: {', '.join(treated)}")
             return end_to_end(chain, seed, name), lambda _, m: self._tested(m, task, self.root/f"{name}-{hash_of(record)}")
@@ -256,42 +288,54 @@ class Lab:
         write_json(folder/"predictions.json", result.predictions.tolist())
         return result.summary()
 
-    def _pairs(self, name, host, model, task, training, seed, inputs, match, distillation, only):
-        "Train the modules of `model`, each in place of a link of the Stage `host`; match(host chain) -> what they are to match."
+    def _pairs(self, name, host, model, task, training, seed, inputs, match, distillation, wanted):
+        """Train the `wanted` modules of `model`, each in place of a link of the Stage `host`;
+        match(host chain) -> what they are to match."""
         seed = self.seed if seed is None else seed
-        wanted = range(len(host.model())) if only is None else only
         records = {f"{name}-{i}": self._settings(name, model, task, training, seed, inputs, i, distillation=distillation) for i in wanted}
         def make():
             chain, host_chain = self._built(model, task, seed), frozen(host.model(), self.runtime.resolved())
-            if len(chain) != len(host_chain): raise ValueError(f"{name}: {len(chain)} modules for a host of {len(host_chain)}")
-            if (bad := [i for i in wanted if i not in range(len(chain))]):
-                raise IndexError(f"{name}: module index {bad[0]} is outside 0..{len(chain) - 1}")
             phase = paired(host_chain, {i: chain[i] for i in wanted}, distillation, seed, match(host_chain), name=name)
             index = {f"{name}-{i}": i for i in wanted}
             return phase, lambda n, m: evaluate(hybrid(host_chain, index[n], m), self.test(task)).summary()
         return self._stages(records, inputs, training, task, make)
 
-    def incubate(self, name, model, meta, task, training, seed=None, only=None):
+    @checked
+    def incubate(self, name: NAME, model: MODEL, meta: STAGE, task: TASK, training: TRAINING,
+                 seed: SEED = None, only: ONLY = None):
         "Each module of `model` inside the Stage `meta`, on the labels (Deep Incubation, arXiv 2212.04129); prints `health`; a list of Stages."
-        stages = self._pairs(name, meta, model, task, training, seed, [meta], lambda host: match_nothing, Distillation(alpha=0), only)
+        wanted = self._wanted(name, model, [meta], task, only)
+        stages = self._pairs(name, meta, model, task, training, seed, [meta],
+                             lambda host: match_nothing, Distillation(alpha=0), wanted)
         if only is None: self.health(meta, stages, task, floor=0 if isinstance(model, Stitched) else None)
         return stages
 
-    def fit(self, name, meta, teacher, task, training, seed=None, only=None):
+    @checked
+    def fit(self, name: NAME, meta: MODEL, teacher: STAGE, task: TASK, training: TRAINING,
+            seed: SEED = None, only: ONLY = None):
         "Each module of the model `meta` inside the Stage `teacher`, to match the teacher's logits; a list of Stages."
-        return self._pairs(name, teacher, meta, task, training, seed, [teacher], lambda host: match_host, Distillation(alpha=1), only)
+        wanted = self._wanted(name, meta, [teacher], task, only)
+        return self._pairs(name, teacher, meta, task, training, seed, [teacher],
+                           lambda host: match_host, Distillation(alpha=1), wanted)
 
-    def distill(self, name, student, meta, teacher, task, training, distillation=Distillation(), seed=None, norm=False, only=None):
+    @checked
+    def distill(self, name: NAME, student: MODEL, meta: STAGE, teacher: STAGE, task: TASK,
+                training: TRAINING, distillation: DISTILLATION = Distillation(),
+                seed: SEED = None, norm=False, only: ONLY = None):
         """Each module of `student`, stitched, inside the Stage `meta`, to match the teacher's module in the same place; a list of Stages.
         Prints `health` before (of the teacher) and after."""
+        check_roles(name, meta, teacher)
+        model = Stitched(student=student, meta=meta.spec, norm=norm)
+        wanted = self._wanted(name, model, [meta, teacher], task, only)
         self.health(meta, teacher, task)
         def match(host): return match_modules(host, dict(enumerate(frozen(teacher.model(), self.runtime.resolved()))))
-        model = Stitched(student=student, meta=meta.spec, norm=norm)
-        stages = self._pairs(name, meta, model, task, training, seed, [meta, teacher], match, distillation, only)
+        stages = self._pairs(name, meta, model, task, training, seed, [meta, teacher], match,
+                             distillation, wanted)
         if only is None: self.health(meta, teacher, task, stages)
         return stages
 
-    def given(self, name, model, task, seed=None):
+    @checked
+    def given(self, name: NAME, model: MODEL, task: TASK, seed: SEED = None):
         "The model as its settings build it (pretrained weights, for example), evaluated and kept without training."
         record = self._settings(name, model, task, None, self.seed if seed is None else seed, [])
         folder = Folder(self.root/f"{name}-{hash_of(record)}").check(record)
@@ -303,11 +347,13 @@ class Lab:
                           parameters=sum(p.numel() for p in chain.parameters()), results=results)
         return Stage(folder.path)
 
-    def health(self, meta, teacher, task, students=(), floor=None):
+    @checked
+    def health(self, meta: STAGE, teacher: TEACHER, task: TASK, students: STAGES = (),
+               floor: FLOOR = None):
         """Table of top-1 accuracies, a row a module: meta model, teacher hybrid, student hybrid, and the KL (nats) between the last two.
         `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (by default the lab's) times the meta model."""
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
-        self.images(task)
+        check_images("health", **sets_of(sources, self.images(task)[0]))
         record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task), images=self.sets[task][2])
         folder = Folder(self.root/f"hybrids-{hash_of(record)}").check(record)
         if not folder.done():
@@ -327,8 +373,7 @@ class Lab:
         models = {"meta": host}
         for kind, stages in (("teacher", teacher), ("student", students)):
             modules = modules_of(stages)
-            if stages and len(modules) != len(host):
-                raise ValueError(f"the {kind} has {len(modules)} modules, the meta model {len(host)}: they are compared in pairs")
+            if stages: check_number(kind, modules, host)
             models |= {(kind, i): hybrid(host, i, m.to(device)) for i, m in enumerate(modules)}
         found = evaluate_all(models, self.test(task))
         def row(i):

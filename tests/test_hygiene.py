@@ -17,7 +17,7 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 FLOORS = {name: floor for floor, names in enumerate((
     "checkpoint core folder measure products",
     "augment chain data families given graphs layouts pixels sources vit",
-    "modulated nac plain routing tokenizers train vmoe",
+    "arguments modulated nac plain routing tokenizers train vmoe",
     "convert convert_nac distill evaluate",
     "pipeline report")) for name in names.split()}
 BESIDE = dict(

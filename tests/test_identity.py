@@ -22,8 +22,9 @@ TEACHER = ViT(depths=(1, 2), options=dict(embed_dim=8, num_heads=2))
 
 @pytest.fixture(autouse=True)
 def register(monkeypatch):
-    "A register of its own for each test: what a test defines is gone after it."
-    monkeypatch.setattr(core, "_classes", {name: dict(found) for name, found in core._classes.items()})
+    "A register of its own for each test: it begins with our classes, and what a test defines is gone after it."
+    ours = {name: {m: c for m, c in found.items() if m.startswith("m2mkd.")} for name, found in core._classes.items()}
+    monkeypatch.setattr(core, "_classes", {name: found for name, found in ours.items() if found})
 
 
 def defined(module, name, body, alive=False):
