@@ -85,7 +85,7 @@ def full(tree, at):
     n = len(at)
     return sorted({d[n] for d in tree if len(d) > n and d[:n] == at and loose(tree, d)})
 
-# %% ../nbs/02d_layouts.ipynb #c18fd551
+# %% ../nbs/02d_layouts.ipynb #8877fd3f
 LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, "
            "data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
 _PLAIN = {"images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "jpegs"}   # no class
@@ -121,8 +121,9 @@ def _class_folders(tree, at, path):
     if (twice := alike(inner)):
         raise ValueError(f"{path} has the class folders {twice}, whose names differ in case only")
     for name in inner:
-        deeper = full(tree, (*at, name))
-        if len(deeper) > 1 and not loose(tree, (*at, name)):
+        down = descend(tree, (*at, name))
+        deeper = full(tree, down)
+        if len(deeper) > 1 and not loose(tree, down):
             raise ValueError(f"{path}: is {name} a class, or are {deeper[0]} and {deeper[1]} in it? Put "
                              "the images of a class into one folder, name splits train, val and test, "
                              f"or set root to {path/name}")

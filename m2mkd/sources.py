@@ -149,11 +149,11 @@ class Parquet:
         starts = np.cumsum([0] + [self._of(f, lambda p: p.metadata.num_rows) for f in files])
         chosen = sorted(range(count) if only is None else only)
         self.files = [files[i] for i in chosen]
-        self.image, label, names = first = self._columns(files[0], choice)
+        (self.image, label, names), _ = first = self._columns(files[0], choice)
         for f in files:
             if (here := self._columns(f, choice)) != first:
-                raise ValueError(f"{f} has other columns or classes than {files[0]}: {_short(here)}, "
-                                 f"not {_short(first)}")
+                raise ValueError(f"{f} has other columns or classes than {files[0]}: {_short(*here)}; "
+                                 f"there {_short(*first)}")
         parts = [self._of(f, lambda p: p.read([label]).column(0).to_pylist()) for f in self.files]
         self.starts = np.cumsum([0] + [len(p) for p in parts])
         labels, where = [v for p in parts for v in p], str(self.files[0].parent)
@@ -161,8 +161,10 @@ class Parquet:
         self.ids = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
 
     def _columns(self, file, choice):
+        "What `columns` says of a file, and what each of its columns holds."
         features = self._of(file, lambda p: datasets.Features.from_arrow_schema(p.schema_arrow))
-        return columns(features, str(file), choice.image, choice.label)
+        holds = {n: _holds(f) for n, f in sorted(features.items())}
+        return columns(features, str(file), choice.image, choice.label), holds
 
     def _of(self, file, get):
         "`get` of the opened file; what pyarrow says about damage becomes one sentence."
@@ -185,11 +187,11 @@ class Parquet:
 
     def stamp(self): return [*map(_stat, self.files)] + [self.image] * (self.image not in IMAGES)
 
-def _short(found):
-    "(image column, label column, class names) for an error."
-    image, label, names = found
-    named = f"{len(names)} classes from {names[0]} to {names[-1]}" if names else "unnamed classes"
-    return f"{image} and {label} of {named}"
+def _short(found, holds):
+    "The columns and classes of a file, for an error."
+    _, label, names = found
+    named = f" from {names[0]} to {names[-1]}" if names else ""
+    return f"{', '.join(f'{n} ({k})' for n, k in holds.items())}, {label}{named}"
 
 def bytes_of(value):
     "An image cell of a table, {'bytes', 'path'} or plain bytes, as bytes or path."

@@ -1,17 +1,17 @@
 "What lies on a stranger's disk or in a stranger's hands: it is read rightly, or one sentence says why not."
-import io, os
+import io, os, re
 from pathlib import Path
 
 import datasets
+import nbformat
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from m2mkd import pixels
+from m2mkd import pipeline, pixels
 from m2mkd.augment import Augment, normalise
 from m2mkd.core import from_plain, seeded, to_plain
 from m2mkd.data import Batches, Data, FileSet, Given, load, whole_split
@@ -140,6 +140,7 @@ def test_a_folder_without_images_is_no_class_and_is_said(tmp_path, capsys):
     (("images/0.png", "images/1.png"), "no subfolder for each class"), (("0.png", "1.png"), "no folder of images"),
     (("train/0.png", "val/0.png"), "no subfolder for each class"), (("a/0.png", "b/0.png", "0.png"), "beside the class folders"),
     (("Cat/0.png", "cat/0.png"), "differ in case only"), (("one/a/0.png", "one/b/0.png", "two/a/0.png", "two/b/0.png"), "is one a class"),
+    (("seg_a/seg_a/x/0.png", "seg_a/seg_a/y/0.png", "seg_b/seg_b/x/0.png", "seg_b/seg_b/y/0.png"), "is seg_a a class"),
     (("train/pets/cat/0.png", "train/pets/dog/0.png", "train/birds/owl/0.png", "train/birds/tit/0.png"), "is birds a class")])
 def test_what_has_two_readings_or_none(tmp_path, files, said):
     fails(lambda: load("d", put(tmp_path/"d", *files)), said, str(tmp_path/"d"))
@@ -227,6 +228,10 @@ def test_every_shard_has_the_same_columns_and_classes(tmp_path):
     fails(lambda: load("d", tmp_path/"d"), str(second), "other columns or classes")
     table(second, target=[0, 1, 0, 1])
     fails(lambda: load("d", tmp_path/"d"), str(second), "target")
+    for more in (dict(label=["a", "b", "a", "b"]), dict(label=[0, 1, 0, 1], year=[1, 2, 3, 4])):
+        table(first, label=[0, 1, 0, 1])
+        table(second, **more)
+        fails(lambda: load("d", tmp_path/"d"), str(second), "other columns or classes")
     second.unlink()
     fails(lambda: load("d", tmp_path/"d"), "1 of the 2 files", "missing", "number 1")
 
@@ -386,3 +391,19 @@ def test_what_are_no_batches(tmp_path, batches, said, kind): fails(lambda: train
 
 def test_augment_does_not_reach_foreign_batches(tmp_path):
     fails(lambda: trained(tmp_path/"a", DataLoader(tensors(), batch_size=4), augment=Augment(flip=0.2)), "augment")
+
+def test_the_ways_to_give_a_set_that_own_models_shows(tmp_path):
+    "The three blocks of the notebook's text run as they stand, on small sets."
+    cells = nbformat.read(Path(__file__).parents[1]/"nbs/experiments/own_models.ipynb", 4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    table_of, pairs, loader = (next(b for b in blocks if word in b) for word in ("imagefolder", "FakeData", "DataLoader"))
+    put(tmp_path/"pets", *(f"{s}/{c}/{k}.png" for s in ("train", "test") for c in "ab" for k in range(2)))
+    for k, f in enumerate(sorted((tmp_path/"pets").rglob("*.png"))): picture(k).save(f)
+    for block, sizes in ((table_of.replace("/data/pets", str(tmp_path/"pets")), [4, 4]), (pairs, [200, 60])):
+        names = {"pipeline": pipeline, "load": load}
+        exec(block, names)
+        assert [len(s) for s in names["task"].load()] == sizes
+    exec(loader.replace("64", "4"), dict(torch=torch, your_set=tensors(), train=train, end_to_end=end_to_end, Training=Training,
+         bare_meta=Net(), P=type("P", (), {"seed": 0}), folder=tmp_path))
+    assert (tmp_path/"own"/"done.json").exists()
