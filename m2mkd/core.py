@@ -96,7 +96,7 @@ class Settings(BaseModel):
 
 # %% ../nbs/00_core.ipynb #3eea9457
 OURS = ("augment", "data", "train", "distill", "vit", "routing", "vmoe", "pipeline", "graphs",
-        "modulated", "tokenizers", "nac")               # our modules that define settings
+        "modulated", "tokenizers", "nac", "convert")    # our modules that define settings
 
 def _held(cls):
     "Whether a class stands in its module under its name: not if a function made it, or it is gone."
