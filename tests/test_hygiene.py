@@ -14,9 +14,9 @@ executed = sorted((root/"runs").rglob("*.ipynb"))
 each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.stem)
 
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
-FLOORS = dict(core=0, folder=0, chain=1, vit=1, graphs=1, sources=1, augment=1, data=1, routing=2, vmoe=2, modulated=2, products=1, tokenizers=2, nac=2, plain=2,
+FLOORS = dict(core=0, lock=0, stop=0, folder=0, chain=1, vit=1, graphs=1, sources=1, augment=1, data=1, routing=2, vmoe=2, modulated=2, products=1, tokenizers=2, nac=2, plain=2,
               train=2, distill=3, evaluate=3, measure=1, convert=3, convert_nac=3, checkpoint=3, pipeline=4, report=4)
-BESIDE = dict(chain={"products"}, vit={"chain", "products"}, data={"sources", "augment"}, vmoe={"routing"}, nac={"modulated", "tokenizers"},
+BESIDE = dict(folder={"lock"}, chain={"products"}, vit={"chain", "products"}, data={"sources", "augment"}, vmoe={"routing"}, nac={"modulated", "tokenizers"},
               plain={"modulated"}, convert={"convert_nac", "checkpoint"}, convert_nac={"checkpoint"})
 
 
