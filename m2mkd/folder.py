@@ -212,12 +212,15 @@ class Folder:
     def save_weights(self, state):
         "Write a state dict to model.safetensors; a FloatingPointError where it holds NaN."
         if (key := spoiled(state)): raise FloatingPointError(f"{key} holds NaN: these weights are not kept in {self.path}")
-        with whole(self/"model.safetensors") as p: self._write(p, lambda: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, p))
+        with self._whole("model.safetensors") as p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, p)
 
-    def _write(self, path, write):
-        "write(), whose error says in one line which file could not be written."
-        try: write()
-        except (SafetensorError, RuntimeError) as e: raise OSError(f"{self.path} cannot be written: {str(e).splitlines()[0]}") from None
+    @contextlib.contextmanager
+    def _whole(self, name):
+        "`core.whole` for the file `name`; what the libraries that write say of a full disk is an OSError in one line too."
+        try:
+            with whole(self/name) as p: yield p
+        except (SafetensorError, RuntimeError) as e:
+            raise OSError(f"{self/name} cannot be written: {str(e.__context__ or e).splitlines()[0]}") from None
 
     def weights(self):
         "The state dict of model.safetensors; an error names a file that is missing, damaged, or not the one that the stage was done with."
@@ -232,8 +235,8 @@ class Folder:
     def save_checkpoint(self, state):
         "Write a checkpoint of state['step']; the one before it stays."
         newest, previous = map(self.path.joinpath, self.checkpoints)
-        with whole(newest) as p:
-            self._write(p, lambda: torch.save(state, p))
+        with self._whole(newest.name) as p:
+            with open(p, "wb") as f: torch.save(state, f)     # a file of Python's says why it cannot be written
             seal(p, state["step"], len(state.get("pending", ())))
             if newest.exists(): os.replace(newest, previous)
 
