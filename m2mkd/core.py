@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OURS', 'known', 'recorded', 'number', 'Settings', 'registered', 'to_plain', 'from_plain', 'bases', 'identity',
-           'hash_of', 'seed_of', 'generator', 'seeded', 'whole', 'write_json', 'read_json', 'sha256', 'flop_counter',
-           'Parameters', 'parameters', 'progress']
+           'hash_of', 'seed_of', 'generator', 'seeded', 'named', 'whole', 'write_json', 'read_json', 'sha256',
+           'flop_counter', 'Parameters', 'parameters', 'progress']
 
 # %% ../nbs/00_core.ipynb #5cbd519d
-import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, io, json, operator, os, random, sys, textwrap
+import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, io, json, operator, os, random, sys, textwrap, uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, ClassVar, get_args, get_origin
@@ -206,25 +206,47 @@ def seeded(seed, what, step=0):
 
 # %% ../nbs/00_core.ipynb #8dccae15
 @contextlib.contextmanager
+def named(path, what="written"):
+    "An OSError inside becomes one sentence that says which `path` cannot be `what`."
+    try: yield
+    except OSError as e:
+        if e.errno is None: raise
+        raise OSError(e.errno, f"{path} cannot be {what}: {os.strerror(e.errno)}") from None
+
+def _to_disk(path):
+    "What is in the file or folder `path` survives the machine's end from now on."
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+@contextlib.contextmanager
 def whole(path):
-    "Yields a path beside `path` to write to; it takes `path`'s name if the block ends well and is removed if not."
+    """Yields a path beside `path` to write to. If the block ends well it takes `path`'s name, on the disk and with the umask's mode;
+    if not it is removed. An OSError is one sentence that names `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
+    beside = path.with_name(f"{path.name[:80]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+    with named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.touch()
+            mode = beside.stat().st_mode & 0o777              # what is written next may come with a mode of its own
+            yield beside
+            with contextlib.suppress(PermissionError): os.chmod(beside, mode)
+            _to_disk(beside)
+            os.replace(beside, path)
+            with contextlib.suppress(OSError): _to_disk(path.parent)          # not every file system can
+        finally:
+            with contextlib.suppress(OSError): beside.unlink()
 
 def write_json(path, x):
     "Write settings or plain data to `path`, whole."
-    with whole(path) as p: p.write_text(json.dumps(to_plain(x), indent=1) + "\n")
+    with whole(path) as p: p.write_text(json.dumps(to_plain(x), indent=1) + "\n", encoding="utf-8")
 
 def read_json(path):
     "Plain data from a JSON file; an error names a file that is missing or damaged."
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
-    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged: {e}") from None
 
 def sha256(path):
     "Hexadecimal SHA-256 of a file's content."
@@ -354,7 +376,7 @@ def _screen():
     fd = getattr(sys.stderr, "_original_stdstream_copy", None)    # a kernel keeps the stderr it was started with
     if fd is None: return (sys.stderr, None) if sys.stderr.isatty() else (None, None)
     starter = psutil.Process(os.getppid()).cmdline()
-    papermill = "papermill" in {Path(word).name for word in starter}
+    papermill = bool({"papermill", "m2mkd"} & {Path(word).name for word in starter})
     if not papermill and any(name in os.environ for name in _LIVE): return sys.stdout, None
     return (_terminal(fd), int(papermill)) if os.isatty(fd) and "--log-output" not in starter else (None, None)
 

@@ -25,6 +25,8 @@ from .data import Batches, Data, Given, ImageSet, digest, whole_split
 from .distill import Distillation, match_host, match_modules, match_nothing, paired
 from .evaluate import agreement, evaluate, evaluate_all
 from .folder import Folder
+from .lock import owned
+from .stop import stopping
 from .train import Phase, Runtime, Training, end_to_end, train
 from .vit import Model
 
@@ -106,13 +108,13 @@ class Stage:
     def __post_init__(self): object.__setattr__(self, "path", Path(self.path))
 
     @property
-    def settings(self): return read_json(self.path/"settings.json")
+    def settings(self): return Folder(self.path).read("settings.json")
 
     @property
     def spec(self): return from_plain(self.settings["model"])
 
     @property
-    def done(self): return read_json(self.path/"done.json")
+    def done(self): return Folder(self.path).mark(flops=(int, float), seconds=(int, float), results=dict)
 
     @property
     def hash(self): return self.path.name.rpartition("-")[2]
@@ -122,7 +124,11 @@ class Stage:
 
     def state(self): return Folder(self.path).weights()
 
-    def predictions(self): return torch.tensor(read_json(self.path/"predictions.json"))
+    def predictions(self):
+        file = self.path/"predictions.json"
+        found = read_json(file)
+        if isinstance(found, list) and {type(k) for k in found} == {int}: return torch.tensor(found)
+        raise ValueError(f"{file} is damaged: it holds {found!r:.40}, not the classes of the test images")
 
     def model(self): return load(self.path)
 
@@ -147,9 +153,10 @@ def _empty(plain, record):
 @checked
 def load(path: FOLDER):
     "The model (or the single module) of a finished stage, on the CPU, from settings.json and model.safetensors alone; strict."
-    settings = from_plain(_blank(read_json(Path(path)/"settings.json")))
+    settings = from_plain(_blank(Folder(path).read("settings.json", model=dict, classes=list, image_size=int)))
+    if not isinstance(settings["model"], Model): raise ValueError(f"{Path(path)/'settings.json'} is damaged: its model is {settings['model']!r:.40}")
     model = settings["model"].build(len(settings["classes"]), settings["image_size"])
-    if settings["module"] is not None: model = model[settings["module"]]
+    if settings.get("module") is not None: model = model[settings["module"]]
     load_strictly(model, Folder(path).weights())
     return model
 
@@ -217,10 +224,11 @@ class Lab:
     def images(self, task: TASK):
         "(training set, test set) of a task on the device, loaded once."
         if task not in self.sets:
-            train, test = task.load()
+            with stopping("loading images"): train, test = task.load()
             if len(train.classes) < 2:
                 raise ValueError(f"the task has one class, {train.classes[0]!r}: nothing to learn")
-            self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), hash_of(digest(train), digest(test))
+            with stopping("loading images"):
+                self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), hash_of(digest(train), digest(test))
         return self.sets[task][:2]
 
     def test(self, task): return whole_split(self.images(task)[1], 256, self.runtime.resolved())
@@ -235,12 +243,25 @@ class Lab:
     def _stages(self, records, inputs, training, task, make):
         "Train what is not done of the stages {name: settings}; make() -> (phase, evaluate) is called only if something is not."
         paths = {n: self.root/f"{n}-{hash_of(r)}" for n, r in records.items()}
-        if not all(Folder(p).check(records[n]).done() for n, p in paths.items()):
-            seed = next(iter(records.values()))["seed"]
-            batches = Batches(self.images(task)[0], training.batch_size, training.augment, seed, self.runtime.resolved())
-            phase, evaluator = make()
-            train(phase, batches, training, paths, records, evaluator, self.runtime)
+        with stopping(", ".join(records)):
+            if not all(Folder(p).check(records[n]).finished() for n, p in paths.items()):
+                seed = next(iter(records.values()))["seed"]
+                batches = Batches(self.images(task)[0], training.batch_size, training.augment, seed, self.runtime.resolved())
+                phase, evaluator = make()
+                train(phase, batches, training, paths, records, evaluator, self.runtime)
         return [Stage(p, tuple(inputs)) for p in paths.values()]
+
+    def _once(self, name, record, make):
+        "The Folder of a stage without training, finished once, by whoever comes first: make() -> (facts, its weights or None)."
+        folder = Folder(self.root/f"{name}-{hash_of(record)}").check(record)
+        if folder.finished(): return folder
+        with stopping(name), owned(folder.path):
+            if not folder.done():
+                facts, state = make()
+                folder.begin(record)
+                if state: folder.save_weights(state)
+                folder.finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, **facts)
+        return folder
 
     def _built(self, model, task, seed):
         images = self.images(task)[0]
@@ -338,14 +359,11 @@ class Lab:
     def given(self, name: NAME, model: MODEL, task: TASK, seed: SEED = None):
         "The model as its settings build it (pretrained weights, for example), evaluated and kept without training."
         record = self._settings(name, model, task, None, self.seed if seed is None else seed, [])
-        folder = Folder(self.root/f"{name}-{hash_of(record)}").check(record)
-        if not folder.done():
+        def make():
             chain = self._built(model, task, record["seed"]).to(self.runtime.resolved())
             results = evaluate(chain, self.test(task)).summary()
-            folder.start(record).save_weights(chain.state_dict())
-            folder.finish(self.runtime.resolved(), steps=0, epochs=0, seconds=0, flops=0,
-                          parameters=sum(p.numel() for p in chain.parameters()), results=results)
-        return Stage(folder.path)
+            return dict(seconds=0, parameters=sum(p.numel() for p in chain.parameters()), results=results), chain.state_dict()
+        return Stage(self._once(name, record, make).path)
 
     @checked
     def health(self, meta: STAGE, teacher: TEACHER, task: TASK, students: STAGES = (),
@@ -355,11 +373,10 @@ class Lab:
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
         check_images("health", **sets_of(sources, self.images(task)[0]))
         record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task), images=self.sets[task][2])
-        folder = Folder(self.root/f"hybrids-{hash_of(record)}").check(record)
-        if not folder.done():
+        def make():
             start, rows = time.perf_counter(), self._hybrid_rows(meta, teacher, task, students)
-            folder.start(record).finish(self.runtime.resolved(), steps=0, epochs=0, flops=0, seconds=time.perf_counter() - start,
-                                        results={"hybrids": rows})
+            return dict(seconds=time.perf_counter() - start, results={"hybrids": rows}), None
+        folder = self._once("hybrids", record, make)
         floor, table = self.floor if floor is None else floor, pd.DataFrame(folder.done()["results"]["hybrids"]).set_index("module")
         print(table.round(3).to_string())
         if (bad := table[table.teacher < floor * table.meta]).size:

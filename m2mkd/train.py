@@ -10,6 +10,7 @@ __all__ = ['FUSED', 'Training', 'Runtime', 'Phase', 'soft_cross_entropy', 'auxil
 import math, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 import psutil
@@ -26,9 +27,11 @@ from torch import nn
 from .chain import freeze, load
 from .core import Settings, known, progress, seeded
 from .data import Augment
-from .folder import Folder
+from .folder import Folder, environment, moved, spoiled
 from .given import own_batches
+from .lock import owned
 from .measure import flop_counter
+from .stop import Stop, Stopped, stopping
 
 # %% ../nbs/07_train.ipynb #effbcb21
 class Training(Settings):
@@ -166,27 +169,40 @@ def _whence(model, terms):
 
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
-    def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime()):
+    def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime(), taken=None, stop=None):
         AcceleratorState._reset_state(reset_partial_state=True)
         self.phase, self.batches, self.settings, self.evaluate, self.runtime = phase, batches, settings, evaluate, runtime
-        self.folders = folders
+        self.folders, self.stop = folders, stop or Stop()
         self.accelerator = Accelerator(cpu=runtime.resolved() == "cpu", mixed_precision=settings.precision, log_with=list(runtime.trackers) or None,
                                        gradient_accumulation_steps=settings.accumulate, project_dir=str(next(iter(folders.values())).path))
-        self.steps, self.step, self.seconds, self.flops, self.pending = len(batches) * settings.epochs, 0, 0.0, 0, []
+        self.steps, self.step, self.seconds, self.flops, self.pending = len(batches) * settings.epochs, 0, 0.0, None, []
         self.learners = [Learner(n, m, folders[n], settings, self.steps, self.accelerator) for n, m in phase.trains.items()]
         self.models = {x.name: x.model for x in self.learners}
         for model in phase.fixed: freeze(model.to(self.accelerator.device))
         if runtime.trackers: self.accelerator.init_trackers("m2mkd")
-        self.resume()
+        self.where = environment(self.accelerator.device)
+        self.resume(taken or {n: next(iter(f.generations().values()), None) for n, f in folders.items()})
 
-    def resume(self):
-        "Take up each learner's checkpoint, all of the same step, and drop what was recorded after it."
-        for learner in self.learners:
-            if (saved := learner.folder.checkpoint()):
-                learner.load_state(saved)
-                self.step, self.seconds, self.flops = saved["step"], self.seconds + saved["seconds"], self.flops + saved["flops"]
-            learner.folder.rewind(self.step if saved else -1)
-        self.saved, self.saved_step = time.monotonic(), self.step
+    def resume(self, files):
+        "Take up each learner's checkpoint {name: file or None}, all of the same step, and drop what was recorded after it."
+        self.paid = dict.fromkeys(files, (0.0, Fraction(0)))                        # seconds and FLOPs of each before this start
+        for x in self.learners:
+            if not (saved := files[x.name] and x.folder.checkpoint(files[x.name])):
+                x.folder.rewind(-1)
+                continue
+            x.load_state(saved)
+            self.step, self.paid[x.name] = saved["step"], (saved["seconds"], Fraction(*saved["paid"]))
+            x.folder.rewind(self.step - len(saved["pending"]), saved["recorded"])
+            if saved["counted"][0] == [*files]: self.flops = saved["counted"][1]
+            if (differs := moved(saved["where"], self.where)): print(f"{x.name}: goes on from step {self.step}, maybe not to the bit: {differs}", flush=True)
+            rows = [{k: v.to(self.accelerator.device) for k, v in terms.items()} for terms in saved["pending"]]
+            self.pending = [terms | {x.name: row} for terms, row in zip(self.pending or [{}] * len(rows), rows)]
+        self.first, self.saved, self.saved_step = self.step, time.monotonic(), self.step
+
+    def spent(self, name):
+        "(seconds, FLOPs) of a learner: its share of what was done since the start, and what it had paid before."
+        share, flops = len(self.learners), (self.flops or 0) * (self.step - self.first)
+        return self.paid[name][0] + self.seconds / share, self.paid[name][1] + Fraction(flops, share)
 
     def losses(self, x, y):
         "Gradients of the batch in all learners; the recorded terms, averaged over the parts of the batch."
@@ -203,7 +219,7 @@ class Trainer:
     def update(self, x, y):
         "One step of all learners."
         for learner in self.learners: learner.model.train()
-        if self.step == 0:
+        if self.flops is None:
             with flop_counter() as counter: terms = self.losses(x, y)
             self.flops = counter.get_total_flops()
         else: terms = self.losses(x, y)
@@ -220,25 +236,32 @@ class Trainer:
             if not (ok := values.isfinite()).all():
                 row = int((~ok).nonzero()[0, 0])
                 step, where = self.step - len(rows) + row + 1, _whence(learner.bare, rows[row])
-                kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint had been written"
-                raise FloatingPointError(f"{key} of {learner.name} became {values[~ok][0].item()} in step {step} of {self.steps}{where}; {kept}")
+                raise FloatingPointError(f"{key} of {learner.name} became {values[~ok][0].item()} in step {step} of {self.steps}{where}; {self.kept()}")
             means[key] = values.mean().item()
         return means
 
+    def kept(self): return f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint had been written"
+
     def flush(self, results):
         "Check and record the pending steps, with the results of an evaluation if there was one."
-        means = {x.name: self.read(x) for x in self.learners}
+        means, seconds = {x.name: self.read(x) for x in self.learners}, sum(self.spent(n)[0] for n in self.models)
         for x in self.learners:
-            line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(self.seconds, 2))
+            line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(seconds, 2))
             line |= results.get(x.name, {})
             x.folder.log(**line)
             if self.runtime.trackers: self.accelerator.log({f"{x.name}/{k}": v for k, v in line.items()}, self.step)
         self.pending = []
 
     def save(self):
-        "A checkpoint of each learner, with its share of the cost so far."
-        share = len(self.learners)
-        for x in self.learners: x.folder.save_checkpoint(dict(step=self.step, seconds=self.seconds / share, flops=self.flops / share, **x.state()))
+        "A checkpoint of each learner, with what it cost so far; none at all where one has weights that are not finite."
+        states = {x.name: x.state() for x in self.learners}
+        if (bad := spoiled(states, {p.data_ptr() for x in self.learners for p in x.bare.parameters()})):
+            raise FloatingPointError(f"the weights are not finite behind step {self.step} of {self.steps} ({bad}); {self.kept()}")
+        for x in self.learners:
+            seconds, flops = self.spent(x.name)
+            x.folder.save_checkpoint(dict(step=self.step, seconds=seconds, paid=list(flops.as_integer_ratio()), counted=[[*self.models], self.flops],
+                                          pending=[terms[x.name] for terms in self.pending], recorded=x.folder.recorded(), where=self.where,
+                                          **states[x.name]))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def cost(self, seconds_a_step):
@@ -250,29 +273,51 @@ class Trainer:
                 f"{self.flops * self.steps / 1e12:,.3g} TFLOP, about {seconds_a_step * self.steps / 60:.1f} min, memory {memory / 2**30:.1f} GiB")
 
     def fit(self):
-        "Run to the end; returns done.json's content by learner name."
-        per, last, early = len(self.batches), {}, []
-        if self.step == 0: self.log_start()
-        with progress(total=self.steps, initial=self.step, what=", ".join(self.models)) as bar:
-            for epoch in range(self.step // per, self.settings.epochs):
-                start = time.perf_counter()
-                for x, y in self.batches.epoch(epoch, self.step % per):
-                    self.update(x, y)
-                    if self.step < 6 and self.accelerator.device.type == "cuda": torch.cuda.synchronize()
-                    took, start = time.perf_counter() - start, time.perf_counter()
-                    self.seconds += took
-                    bar.update()
-                    early = [*early, took][:5]
-                    if len(early) == 5 and (self.step == 5 < self.steps): bar.write(self.cost(sum(early[1:]) / 4))
-                    if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
-                for x in self.learners: self.read(x)                    # a loss that is not finite stops here, before the evaluation
-                self.seconds += time.perf_counter() - start                  # what the device still had to do
-                last = self.evaluated(epoch + 1)
-                self.record(last)
-        self.save()
-        last = last or self.evaluated(self.settings.epochs)
-        if self.runtime.trackers: self.accelerator.end_training()
-        return {x.name: self.finish(x, last.get(x.name, {})) for x in self.learners}
+        "Run to the end; returns done.json's content by learner name. A signal ends it with a checkpoint."
+        results, self.early = {}, []
+        try:
+            if self.step == 0: self.log_start()
+            with progress(total=self.steps, initial=self.step, what=", ".join(self.models)) as bar:
+                while self.step < self.steps or self.pending: results = self.epoch(bar)
+            with self.stop.held(): self.save()
+            results = results or self.evaluated(self.settings.epochs)
+            with self.stop.held():
+                if self.runtime.trackers: self.accelerator.end_training()
+                return {x.name: self.finish(x, results.get(x.name, {})) for x in self.learners}
+        except Stopped as e:
+            e.saved = self.stopped()
+            raise
+
+    def epoch(self, bar):
+        "What is still to do of an epoch: its steps and its evaluation, whose results are returned."
+        per, start = len(self.batches), time.perf_counter()
+        epoch = (self.step - bool(self.pending)) // per                     # its last step may be made, and not recorded
+        for x, y in self.batches.epoch(epoch, self.step - epoch * per):
+            with self.stop.held():
+                self.update(x, y)
+                if len(self.early) < 5 and self.accelerator.device.type == "cuda": torch.cuda.synchronize()
+                took, start = time.perf_counter() - start, time.perf_counter()
+                self.seconds += took
+                bar.update()
+                self.early = [*self.early, took][:5]
+                if self.step == self.first + 5 < self.steps: bar.write(self.cost(sum(self.early[1:]) / 4))
+                if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
+        with self.stop.held():
+            for x in self.learners: self.read(x)                    # a loss that is not finite stops here, before the evaluation
+            self.seconds += time.perf_counter() - start                  # what the device still had to do
+        results = self.evaluated(epoch + 1)
+        with self.stop.held(): self.record(results)
+        return results
+
+    def stopped(self):
+        "A checkpoint, if there are steps since the last; says so."
+        what = f"step {self.step} of {self.steps}"
+        if all(f.done() for f in self.folders.values()): return "the stage is done"
+        if self.stop.torn: return f"in the middle of the step behind {what}; {self.kept()}"
+        if self.step > self.saved_step:
+            for x in self.learners if self.pending else (): self.read(x)
+            self.save()
+        return f"the checkpoint of {what} is written, the next run goes on there" if self.step else "before the first step was made"
 
     def log_start(self):
         "The line of step 0: how good the models are before they train (right after assembly, for example)."
@@ -287,26 +332,42 @@ class Trainer:
         return {x.name: self.evaluate(x.name, x.best) for x in self.learners}
 
     def finish(self, learner, results):
-        "Weights and done-mark; a phase's cost is shared equally by the models that trained in it."
+        "Weights and done-mark."
         learner.folder.save_weights(learner.best.state_dict())
-        share = len(self.learners)
-        return learner.folder.finish(self.accelerator.device, steps=self.step, epochs=self.settings.epochs, seconds=round(self.seconds / share, 2),
-                                     flops=self.flops * self.steps / share, parameters=sum(p.numel() for p in learner.bare.parameters()),
-                                     results=results)
+        seconds, flops = self.spent(learner.name)
+        return learner.folder.finish(self.accelerator.device, steps=self.step, epochs=self.settings.epochs, seconds=round(seconds, 2),
+                                     flops=float(flops), parameters=sum(p.numel() for p in learner.bare.parameters()), results=results)
 
 # %% ../nbs/07_train.ipynb #1c2dc0aa
+def _take_up(folders):
+    "{(step, pending): {name: checkpoint or None}}: where the learners in `folders` {name: Folder} go on, together if they can."
+    have = {n: f.generations() for n, f in folders.items()}
+    begun = {n: g if len(g) == 2 else g | {(0, 0): None} for n, g in have.items()}       # who has one had none before it
+    common = set.intersection(*map(set, begun.values()))
+    at = {n: max(common) if common else max(g) for n, g in begun.items()}
+    for n, f in folders.items():
+        if (file := begun[n][at[n]]) != f/f.checkpoints[0]: f.keep(file)
+    return {point: {n: (file := begun[n][point]) and folders[n]/folders[n].checkpoints[0] for n in at if at[n] == point} for point in sorted(set(at.values()))}
+
+def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop):
+    "Train into `folders` {name: Folder}, which this thread owns, what is not done in them; {name: content of done.json}."
+    done = {n: d for n, f in folders.items() if (d := f.done())}
+    todo = {n: f.begin(record[n]) for n, f in folders.items() if n not in done}
+    for n in done: load(phase.trains[n], folders[n].weights())
+    for files in _take_up(todo).values() if todo else ():
+        group = Phase({n: phase.trains[n] for n in files}, phase.loss, phase.fixed)
+        try: done |= Trainer(group, batches, settings, {n: folders[n] for n in files}, evaluate, runtime, files, stop).fit()
+        finally: AcceleratorState._reset_state(reset_partial_state=True)      # leave the caller's own Accelerator free to choose
+    return done
+
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
-    done before. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader: then a resumed run is not
-    equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
+    done before, or by another process meanwhile. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader: then a
+    resumed run is not equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
     batches = own_batches(batches, settings, runtime.resolved())
-    folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}
-    done = {n: d for n, f in folders.items() if (d := f.done())}
-    for n in done: load(phase.trains[n], folders[n].weights())
-    at = {n: (f.checkpoint() or {"step": 0})["step"] for n, f in folders.items() if n not in done}
-    for step in sorted(set(at.values())):
-        names = [n for n in at if at[n] == step]
-        group = Phase({n: phase.trains[n] for n in names}, phase.loss, phase.fixed)
-        try: done |= Trainer(group, batches, settings, {n: folders[n] for n in names}, evaluate, runtime).fit()
-        finally: AcceleratorState._reset_state(reset_partial_state=True)      # leave the caller's own Accelerator free to choose
+    record = {n: (record or {}).get(n, {"training": settings}) for n in folders}
+    folders = {n: Folder(f).check(record[n]) for n, f in folders.items()}
+    todo = [f.path for f in folders.values() if not f.finished()]
+    with stopping(", ".join(phase.trains)) as stop, owned(*todo):
+        done = _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     return {n: done[n] for n in folders}

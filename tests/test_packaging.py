@@ -53,8 +53,9 @@ sys.meta_path.insert(0, Refuse())
 import m2mkd
 assert m2mkd.__version__ == "{version}", m2mkd.__version__
 assert "{site}" in m2mkd.__file__, m2mkd.__file__
-for m in pkgutil.iter_modules(m2mkd.__path__): importlib.import_module(f"m2mkd.{m.name}")
-print(len(list(pkgutil.iter_modules(m2mkd.__path__))))
+names = [m.name for m in pkgutil.iter_modules(m2mkd.__path__)]
+for name in names: importlib.import_module(f"m2mkd.{name}")
+print(len(names))
 """
 
 
@@ -83,4 +84,4 @@ def test_wheel_imports_with_the_run_time_requirements_alone(wheel, tmp_path):
     code = NEEDS.replace("{refused}", repr(refused)).replace("{version}", settings["version"]).replace("{site}", str(site))
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) == len(list((root/"m2mkd").glob("[!_]*.py")))
+    assert int(run.stdout) == len(list((root/"m2mkd").glob("*.py"))) - 1             # all but __init__

@@ -1,9 +1,11 @@
 "papermill and our notebooks: parameters, the bars, and what a failed run leaves."
-import contextlib, os, pty, subprocess, sys, termios
+import contextlib, os, pty, signal, subprocess, sys, termios, time
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+
+from m2mkd.folder import Folder
 
 CELLS = ("steps = 30    # how many\nlr = 0.1      # rate\nseeds = [0]   # which",
          "from m2mkd import core\np = core.parameters()\np",
@@ -75,3 +77,39 @@ def test_nbdev_test_sees_the_defaults(notebook):
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     CaptureShell().run_all(read_nb(notebook), exc_stop=True)
+
+
+TRAINING = """root = ""
+from m2mkd.augment import Augment
+from m2mkd.data import Data
+from m2mkd.pipeline import Lab, Task
+from m2mkd.train import Runtime, Training
+from m2mkd.vit import Meta, ViT
+print("begun")"""
+LONG = """lab = Lab(root, Runtime(device="cpu", log_steps=3))
+digits = Task(train=Data(name="digits"), test=(Data(name="digits", split="test"),))
+teacher = ViT(depths=(1, 1), options=dict(patch_size=4, embed_dim=16, num_heads=2))
+stage = lab.end_to_end("meta", Meta(like=teacher), digits, Training(epochs=12, batch_size=64, lr=0.05, augment=Augment(flip=0)))"""
+
+
+def test_run_passes_a_signal_on_and_the_next_run_goes_on(tmp_path):
+    "`python -m m2mkd run` is papermill that ends with a checkpoint, the notebook so far and 128 + n; the rest is trained to the bit."
+    nb = new_notebook(cells=[new_code_cell(c) for c in (TRAINING, LONG, "print('not reached')")],
+                      metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, tmp_path/"small.ipynb")
+    words = [sys.executable, "-m", "m2mkd", "run", str(tmp_path/"small.ipynb"), str(tmp_path/"out.ipynb"), "-p", "root", str(tmp_path/"runs")]
+    papermill = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/meta-*/metrics.jsonl"))
+    while lines() < 4 and papermill.poll() is None: time.sleep(0.05)
+    papermill.send_signal(signal.SIGINT)
+    said = papermill.communicate()[1]
+    assert papermill.returncode == 130 and "Traceback" not in said and said.splitlines()[-1].startswith("stopped by SIGINT"), said
+    shown = str(outputs(tmp_path/"small.ipynb"))
+    assert "begun" in shown and "is written, the next run goes on there" in shown and "not reached" not in shown
+    stopped = next((tmp_path/"runs").iterdir())
+    assert 0 < Folder(stopped).checkpoint()["step"] < 264
+    for root in (tmp_path/"runs", tmp_path/"straight"): exec(f"{TRAINING}\nroot = {str(root)!r}\n{LONG}", {})
+    resumed, straight = Folder(stopped), Folder(tmp_path/"straight"/stopped.name)
+    timeless = [[{k: v for k, v in m.items() if k != "seconds"} for m in f.metrics()] for f in (resumed, straight)]
+    assert timeless[0] == timeless[1] and all(v.equal(straight.weights()[k]) for k, v in resumed.weights().items())

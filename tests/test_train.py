@@ -53,7 +53,7 @@ def same(a, b):
     assert weights.keys() == other_weights.keys() and all(torch.equal(v, other_weights[k]) for k, v in weights.items())
     return True
 
-def files(path): return sorted(p.name for p in Path(path).iterdir())
+def files(path): return sorted(p.name for p in Path(path).iterdir() if p.name[0] != ".")    # less the lock that a kill left
 
 
 # --- resume ---
@@ -133,7 +133,7 @@ def two_parts(folder, kill=None):
 def test_killed_process(tmp_path):
     "SIGKILL in the middle of the second epoch, between the two parts of a batch; another process ends the run."
     assert subprocess.run([sys.executable, "-c", KILLED, Path(__file__).parent, tmp_path/"killed"]).returncode == -signal.SIGKILL
-    assert files(tmp_path/"killed") == ["checkpoint.pt", "metrics.jsonl", "settings.json"]
+    assert files(tmp_path/"killed") == ["checkpoint.previous.pt", "checkpoint.pt", "metrics.jsonl", "settings.json"]
     two_parts(tmp_path/"killed"), two_parts(tmp_path/"straight")
     assert same(tmp_path/"killed", tmp_path/"straight") and Folder(tmp_path/"killed").done()["steps"] == 10
 
@@ -253,7 +253,7 @@ def test_nan_stops_the_run(run, tmp_path, log_steps):
     step = {1: 7, 3: 6, 50: 5}[log_steps]
     assert str(e.value) == f"loss of b became nan in step 8 of 10; the checkpoint of step {step} is kept"
     for n in "ab":
-        assert files(tmp_path/"one"/n) == ["checkpoint.pt", "metrics.jsonl", "settings.json"]
+        assert set(files(tmp_path/"one"/n)) - {"checkpoint.previous.pt"} == {"checkpoint.pt", "metrics.jsonl", "settings.json"}
         saved = Folder(tmp_path/"one"/n).checkpoint()
         assert saved["step"] == step and all(v.isfinite().all() for v in saved["model"].values())
         model().load_state_dict(saved["model"])
@@ -286,13 +286,32 @@ def test_a_folder_of_other_settings(run, tmp_path):
     run("one")
     with pytest.raises(ValueError, match="training.epochs is 2 there, 3 here"): run("one", PLAIN.but(epochs=3))
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint"], ids=["cut", "empty", "other"])
-def test_damaged_checkpoint(run, tmp_path, damage):
-    with pytest.raises(Stop): run("one", stop=3)
+def flipped(content):
+    "`content` with one wrong bit in its middle."
+    return content[:(k := len(content) // 2)] + bytes([content[k] ^ 1]) + content[k + 1:]
+
+DAMAGE = dict(cut=lambda b: b[:len(b) // 2], empty=lambda b: b"", other=lambda b: b"not a checkpoint", bit=flipped,
+              zeros=lambda b: b[:-4096] + bytes(4096), zeroed=lambda b: bytes(len(b)))
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_has_a_predecessor(run, tmp_path, capsys, damage):
+    "One line names it, both models go on from the step before, and all ends as if nothing had happened."
+    run("straight")
+    with pytest.raises(Stop): run("one", stop=4)
     file = tmp_path/"one/b/checkpoint.pt"
     file.write_bytes(damage(file.read_bytes()))
+    run("one")
+    assert len([line for line in capsys.readouterr().out.splitlines() if f"{file} is damaged" in line and "of step 3 is used" in line]) == 1
+    assert same(tmp_path/"straight/a", tmp_path/"one/a") and same(tmp_path/"straight/b", tmp_path/"one/b")
+
+def test_both_checkpoints_damaged(run, tmp_path):
+    with pytest.raises(Stop): run("one", stop=3)
+    both = [tmp_path/"one/b"/name for name in Folder.checkpoints]
+    for f in both: f.write_bytes(flipped(f.read_bytes()))
     with pytest.raises(ValueError) as e: run("one")
-    assert f"{file} is damaged" in str(e.value) and "remove it to start this stage again" in str(e.value)
+    assert all(f"{f} is damaged" in str(e.value) for f in both) and "remove both to start this stage again" in str(e.value)
+    for f in both: f.unlink()
+    run("one")
 
 def test_damaged_weights(run, tmp_path):
     run("one")
