@@ -7,7 +7,7 @@ __all__ = ['soft_cross_entropy', 'FUSED', 'Training', 'Runtime', 'Phase', 'auxil
            'Trainer', 'train']
 
 # %% ../nbs/07_train.ipynb #ca11c770
-import math, time
+import math, threading, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -351,12 +351,14 @@ def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
         finally: AcceleratorState._reset_state(reset_partial_state=True)      # leave the caller's own Accelerator free to choose
     return done
 
+_training = threading.RLock()     # accelerate keeps its state for the whole process
+
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
-    done before, or by another process meanwhile. `record`: {name: settings to keep}, by default `settings`."""
+    done before, or by another process meanwhile; threads of one process take turns. `record`: {name: settings to keep}, by default `settings`."""
     record = {n: (record or {}).get(n, {"training": settings}) for n in folders}
     folders = {n: Folder(f).check(record[n]) for n, f in folders.items()}
     todo = [f.path for f in folders.values() if not f.finished()]
-    with stopping(", ".join(phase.trains)) as stop, owned(*todo):
+    with stopping(", ".join(phase.trains)) as stop, _training, owned(*todo):
         done = _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     return {n: done[n] for n in folders}

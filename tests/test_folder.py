@@ -146,6 +146,23 @@ def test_two_jobs_train_one_stage_once(run, tmp_path):
         assert same(tmp_path/"alone"/n, tmp_path/"shared"/n)
         assert sorted(os.listdir(tmp_path/"shared"/n)) == sorted(os.listdir(tmp_path/"alone"/n))
 
+def test_two_threads_at_different_stages(run, tmp_path):
+    "They take turns: neither draws from the other's random numbers."
+    run("alone")
+    jobs = [threading.Thread(target=run, args=(name,)) for name in ("one", "two")]
+    for j in jobs: j.start()
+    for j in jobs: j.join()
+    for name in ("one", "two"): assert same(tmp_path/"alone/a", tmp_path/name/"a") and same(tmp_path/"alone/b", tmp_path/name/"b")
+
+def test_jobs_that_want_some_of_the_same_never_wait_in_a_circle(tmp_path):
+    def job(names, times=20):
+        for _ in range(times):
+            with owned(*(tmp_path/n for n in names)): pass
+    jobs = [threading.Thread(target=job, args=(names,), daemon=True) for names in ("ab", "bca", "cb")]
+    for j in jobs: j.start()
+    for j in jobs: j.join(60)
+    assert not any(j.is_alive() for j in jobs)
+
 def test_what_a_kill_leaves_beside_a_done_stage_is_cleaned(run, tmp_path):
     "Between the done-mark and the end of the process: the checkpoints, the lock, the owner. A user's file is nobody's business."
     run("one")
