@@ -8,7 +8,7 @@ __all__ = ['OURS', 'known', 'recorded', 'number', 'Settings', 'registered', 'to_
            'flop_counter', 'Parameters', 'parameters', 'progress']
 
 # %% ../nbs/00_core.ipynb #5cbd519d
-import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, io, json, operator, os, random, sys, textwrap, uuid
+import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, io, json, operator, os, random, sys, textwrap, threading, uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, ClassVar, get_args, get_origin
@@ -193,9 +193,16 @@ def generator(seed, what, step=0, device="cpu"):
     "A torch generator on `device`, seeded by (seed, what, step)."
     return torch.Generator(device).manual_seed(seed_of(seed, what, step))
 
+_drawing = threading.RLock()
+
 @contextlib.contextmanager
 def seeded(seed, what, step=0):
-    "Inside, Python's, numpy's and torch's global states start from (seed, what, step); outside, they are as before."
+    """Inside, Python's, numpy's and torch's global states start from (seed, what, step); outside, they are as before. These states are the
+    process's, so threads take turns."""
+    with _drawing, _seeded(seed, what, step): yield
+
+@contextlib.contextmanager
+def _seeded(seed, what, step):
     s, cuda = seed_of(seed, what, step), torch.cuda.is_available() and torch.cuda.is_initialized()
     before = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
     random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)

@@ -96,7 +96,8 @@ def _own_sum(done):
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 def spoiled(state, finite=(), where=""):
-    "The place of the first NaN in tensors nested in dicts and lists, or of an infinity where it may not be (addresses `finite`); else None."
+    """The place of the first NaN in tensors nested in dicts and lists, or of an infinity where it may not be (addresses
+    `finite`); else None."""
     if isinstance(state, torch.Tensor):
         if not state.is_floating_point(): return None
         bad = ~state.isfinite() if state.data_ptr() in finite else state.isnan()
@@ -123,9 +124,11 @@ class Folder:
     def __truediv__(self, name): return self.path/name
 
     def read(self, name, **kinds):
-        "The object in the JSON file `name`; a ValueError names a file that holds something else, or whose `kinds` {key: type} are others."
+        """The object in the JSON file `name`; a ValueError names a file that holds something else, or whose `kinds`
+        {key: type} are others."""
         x = read_json(self/name)
-        if not isinstance(x, dict) or not x: raise ValueError(f"{self/name} is damaged: it holds {json.dumps(x):.40}, not what a stage wrote")
+        if not isinstance(x, dict) or not x:
+            raise ValueError(f"{self/name} is damaged: it holds {json.dumps(x):.40}, not what a stage wrote")
         for key, kind in kinds.items():
             if not isinstance(x.get(key), kind): raise ValueError(f"{self/name} is damaged: {key} is {x.get(key)!r:.40}")
         return x
@@ -150,14 +153,16 @@ class Folder:
         return self.start(settings)
 
     def done(self):
-        "The content of done.json; None where it or the weights are missing. An error names another file that is missing, or one that has changed since."
+        """The content of done.json; None where it or the weights are missing. An error names another file that is missing, or
+        one that has changed since."""
         if not (self/"done.json").exists(): return None
         done = self.mark()
         for name in ("model.safetensors", *self.summed):
             if name not in done["sums"]: continue
             if not (self/name).exists():
                 if name == "model.safetensors": return None
-                raise ValueError(f"{self/name} is missing, though the stage is done; put it back, or remove the folder to make it again")
+                raise ValueError(f"{self/name} is missing, though the stage is done; "
+                                 "put it back, or remove the folder to make it again")
             if done["sums"][name] != sha256(self/name): raise ValueError(f"{self/name} {self.changed}")
         return done
 
@@ -188,7 +193,8 @@ class Folder:
 
     def log(self, **line):
         "Append one line to metrics.jsonl."
-        with named(self/"metrics.jsonl"), open(self/"metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
+        file = self/"metrics.jsonl"
+        with named(file), open(file, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
 
     def metrics(self):
         "The lines of metrics.jsonl as dicts, without a last one that was cut off; a ValueError names a damaged one."
@@ -215,7 +221,8 @@ class Folder:
     def save_weights(self, state):
         "Write a state dict to model.safetensors; a FloatingPointError where it holds NaN."
         if (key := spoiled(state)): raise FloatingPointError(f"{key} holds NaN: these weights are not kept in {self.path}")
-        with self._whole("model.safetensors") as p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, p)
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+        with self._whole("model.safetensors") as p: save_file(plain, p)
 
     @contextlib.contextmanager
     def _whole(self, name):
@@ -226,7 +233,8 @@ class Folder:
             raise OSError(f"{self/name} cannot be written: {str(e.__context__ or e).splitlines()[0]}") from None
 
     def weights(self):
-        "The state dict of model.safetensors; an error names a file that is missing, damaged, or not the one that the stage was done with."
+        """The state dict of model.safetensors; an error names a file that is missing, damaged, or not the one that the stage
+        was done with."""
         file = self/"model.safetensors"
         if not file.exists(): raise FileNotFoundError(f"{file} is missing: weights are not part of the repository; run the stage again to make them")
         try: state = load_file(file)
@@ -251,7 +259,8 @@ class Folder:
             if not file.exists(): continue
             try: found.setdefault(unsealed(file), file)
             except ValueError as e: bad.append(str(e))
-        if bad and not found: raise ValueError(f"{'; '.join(bad)}; remove {'it' if len(bad) == 1 else 'both'} to start this stage again")
+        if bad and not found:
+            raise ValueError(f"{'; '.join(bad)}; remove {'it' if len(bad) == 1 else 'both'} to start this stage again")
         for said in bad: print(f"{said}; the checkpoint of step {next(iter(found))[0]} is used", flush=True)
         return found
 

@@ -7,7 +7,7 @@ __all__ = ['FUSED', 'Training', 'Runtime', 'Phase', 'soft_cross_entropy', 'auxil
            'Trainer', 'train']
 
 # %% ../nbs/07_train.ipynb #ca11c770
-import math, time
+import math, threading, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -194,7 +194,8 @@ class Trainer:
             self.step, self.paid[x.name] = saved["step"], (saved["seconds"], Fraction(*saved["paid"]))
             x.folder.rewind(self.step - len(saved["pending"]), saved["recorded"])
             if saved["counted"][0] == [*files]: self.flops = saved["counted"][1]
-            if (differs := moved(saved["where"], self.where)): print(f"{x.name}: goes on from step {self.step}, maybe not to the bit: {differs}", flush=True)
+            if (differs := moved(saved["where"], self.where)):
+                print(f"{x.name}: goes on from step {self.step}, maybe not to the bit: {differs}", flush=True)
             rows = [{k: v.to(self.accelerator.device) for k, v in terms.items()} for terms in saved["pending"]]
             self.pending = [terms | {x.name: row} for terms, row in zip(self.pending or [{}] * len(rows), rows)]
         self.first, self.saved, self.saved_step = self.step, time.monotonic(), self.step
@@ -259,9 +260,10 @@ class Trainer:
             raise FloatingPointError(f"the weights are not finite behind step {self.step} of {self.steps} ({bad}); {self.kept()}")
         for x in self.learners:
             seconds, flops = self.spent(x.name)
-            x.folder.save_checkpoint(dict(step=self.step, seconds=seconds, paid=list(flops.as_integer_ratio()), counted=[[*self.models], self.flops],
-                                          pending=[terms[x.name] for terms in self.pending], recorded=x.folder.recorded(), where=self.where,
-                                          **states[x.name]))
+            pending = [terms[x.name] for terms in self.pending]
+            x.folder.save_checkpoint(dict(
+                step=self.step, pending=pending, recorded=x.folder.recorded(), where=self.where, seconds=seconds,
+                paid=list(flops.as_integer_ratio()), counted=[[*self.models], self.flops], **states[x.name]))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def cost(self, seconds_a_step):
@@ -340,14 +342,23 @@ class Trainer:
 
 # %% ../nbs/07_train.ipynb #1c2dc0aa
 def _take_up(folders):
-    "{(step, pending): {name: checkpoint or None}}: where the learners in `folders` {name: Folder} go on, together if they can."
+    "{(step, pending): {name: checkpoint or None}}: where the learners {name: Folder} go on."
     have = {n: f.generations() for n, f in folders.items()}
-    begun = {n: g if len(g) == 2 else g | {(0, 0): None} for n, g in have.items()}       # who has one had none before it
-    common = set.intersection(*map(set, begun.values()))
-    at = {n: max(common) if common else max(g) for n, g in begun.items()}
-    for n, f in folders.items():
-        if (file := begun[n][at[n]]) != f/f.checkpoints[0]: f.keep(file)
-    return {point: {n: (file := begun[n][point]) and folders[n]/folders[n].checkpoints[0] for n in at if at[n] == point} for point in sorted(set(at.values()))}
+    fresh = {n for n in have if not have[n]}
+    def points(n):
+        "A learner's checkpoints; the start too, if a kill came between the first ones of its group."
+        if not have[n]: return {(0, 0): None}
+        file = next(iter(have[n].values()))
+        first = len(have[n]) == 1 and fresh & {*folders[n].checkpoint(file)["counted"][0]}
+        return have[n] | ({(0, 0): None} if first else {})
+    every = {n: points(n) for n in have}
+    common = set.intersection(*map(set, every.values()))
+    groups = {}
+    for n, p in every.items():
+        at, newest = max(common or p), folders[n]/Folder.checkpoints[0]
+        if p[at] != newest: folders[n].keep(p[at])
+        groups.setdefault(at, {})[n] = p[at] and newest
+    return dict(sorted(groups.items()))
 
 def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop):
     "Train into `folders` {name: Folder}, which this thread owns, what is not done in them; {name: content of done.json}."
@@ -356,18 +367,21 @@ def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     for n in done: load(phase.trains[n], folders[n].weights())
     for files in _take_up(todo).values() if todo else ():
         group = Phase({n: phase.trains[n] for n in files}, phase.loss, phase.fixed)
-        try: done |= Trainer(group, batches, settings, {n: folders[n] for n in files}, evaluate, runtime, files, stop).fit()
+        theirs = {n: folders[n] for n in files}
+        try: done |= Trainer(group, batches, settings, theirs, evaluate, runtime, files, stop).fit()
         finally: AcceleratorState._reset_state(reset_partial_state=True)      # leave the caller's own Accelerator free to choose
     return done
 
+_training = threading.RLock()     # accelerate keeps its state for the whole process
+
 def train(phase, batches, settings, folders, record=None, evaluate=None, runtime=Runtime()):
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
-    done before, or by another process meanwhile. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader: then a
-    resumed run is not equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
+    done before, or by another process meanwhile; threads of one process take turns. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader:
+    then a resumed run is not equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
     batches = own_batches(batches, settings, runtime.resolved())
     record = {n: (record or {}).get(n, {"training": settings}) for n in folders}
     folders = {n: Folder(f).check(record[n]) for n, f in folders.items()}
     todo = [f.path for f in folders.values() if not f.finished()]
-    with stopping(", ".join(phase.trains)) as stop, owned(*todo):
+    with stopping(", ".join(phase.trains)) as stop, _training, owned(*todo):
         done = _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     return {n: done[n] for n in folders}

@@ -1,15 +1,16 @@
 "A run folder that two may touch and that may be stopped or damaged at any moment."
-import contextlib, errno, fcntl, json, os, resource, signal, stat, subprocess, sys, threading, time
+import contextlib, errno, fcntl, os, resource, signal, stat, subprocess, sys, threading, time
 
 import pytest, torch
 
 from m2mkd import folder as folders
 from m2mkd.core import read_json, whole, write_json
+from m2mkd.data import Batches
 from m2mkd.folder import Folder, code, environment
 from m2mkd.lock import owned, owner
 from m2mkd.stop import Stopped, stopping
-from m2mkd.train import Runtime, train
-from test_train import EVERY_STEP, PLAIN, Stop, digits, flipped, run, same, test_set  # noqa: F401 (fixtures)
+from m2mkd.train import Phase, Runtime, end_to_end, train
+from test_train import EVERY_STEP, PLAIN, Stop, digits, model, run, same, test_set  # noqa: F401 (fixtures)
 
 RARELY = Runtime(device="cpu", log_steps=3)                  # a checkpoint only where a signal asks for one
 
@@ -54,6 +55,36 @@ def test_a_signal_during_an_evaluation(digits, run, tmp_path, monkeypatch, nth, 
     assert [s["step"] for n in "ab" if (s := Folder(tmp_path/"stopped"/n).checkpoint())] == [step] * 2 * (step > 0)
     run("stopped", runtime=RARELY)
     for n in "ab": assert same(tmp_path/"straight"/n, tmp_path/"stopped"/n)
+
+def test_a_kill_between_the_very_first_checkpoints(run, tmp_path, monkeypatch):
+    "One of two models that train together has a checkpoint, the other none yet: both start again."
+    run("straight")
+    save = Folder.save_checkpoint
+    def stop(self, state):
+        if self.path.name == "b": raise Stop
+        save(self, state)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Folder, "save_checkpoint", stop)
+        run("one")
+    run("one")
+    assert same(tmp_path/"straight/a", tmp_path/"one/a") and same(tmp_path/"straight/b", tmp_path/"one/b")
+
+def test_who_was_alone_before_goes_on_from_its_own_checkpoint(digits, run, tmp_path):
+    "And pays for its own: what the models that train together share is shared step by step."
+    def alone(stop=None):
+        phase = end_to_end(model(1), 0, "a")
+        def loss(models, x, y, step):
+            if step == stop: raise Stop
+            return phase.loss(models, x, y, step)
+        batches = Batches(digits, PLAIN.batch_size, PLAIN.augment, seed=3)
+        return train(Phase(phase.trains, loss), batches, PLAIN, {"a": tmp_path/"one/a"}, runtime=EVERY_STEP)
+    with pytest.raises(Stop): alone(stop=1)
+    assert Folder(tmp_path/"one/a").checkpoint()["step"] == 1 and len(Folder(tmp_path/"one/a").generations()) == 1
+    seen = []
+    run("one", spoil=lambda terms, step: seen.append((step, *terms)) or terms)
+    assert seen[:11] == [(s, "b") for s in range(10)] + [(1, "a")]
+    straight = run("straight")
+    for n in "ab": assert Folder(tmp_path/"one"/n).done()["flops"] == straight[n]["flops"]
 
 def test_a_second_signal_does_not_wait(run, tmp_path, monkeypatch):
     "It comes while the checkpoint is written: nothing half-written stays, and the run ends as it should all the same."
@@ -145,6 +176,23 @@ def test_two_jobs_train_one_stage_once(run, tmp_path):
     for n in "ab":
         assert same(tmp_path/"alone"/n, tmp_path/"shared"/n)
         assert sorted(os.listdir(tmp_path/"shared"/n)) == sorted(os.listdir(tmp_path/"alone"/n))
+
+def test_two_threads_at_different_stages(run, tmp_path):
+    "They take turns: neither draws from the other's random numbers."
+    run("alone")
+    jobs = [threading.Thread(target=run, args=(name,)) for name in ("one", "two")]
+    for j in jobs: j.start()
+    for j in jobs: j.join()
+    for name in ("one", "two"): assert same(tmp_path/"alone/a", tmp_path/name/"a") and same(tmp_path/"alone/b", tmp_path/name/"b")
+
+def test_jobs_that_want_some_of_the_same_never_wait_in_a_circle(tmp_path):
+    def job(names, times=20):
+        for _ in range(times):
+            with owned(*(tmp_path/n for n in names)): pass
+    jobs = [threading.Thread(target=job, args=(names,), daemon=True) for names in ("ab", "bca", "cb")]
+    for j in jobs: j.start()
+    for j in jobs: j.join(60)
+    assert not any(j.is_alive() for j in jobs)
 
 def test_what_a_kill_leaves_beside_a_done_stage_is_cleaned(run, tmp_path):
     "Between the done-mark and the end of the process: the checkpoints, the lock, the owner. A user's file is nobody's business."
