@@ -10,6 +10,7 @@ __all__ = ['BEFORE', 'CHECKPOINT_RULES', 'Embed', 'Head', 'to_chain', 'from_chai
 import copy, re
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 import torch
@@ -89,6 +90,8 @@ def resize_position(old, own):
 
 class Model(Settings):
     "Settings of a model: subclasses say how to `build` the chain."
+    decays: ClassVar[str] = "matrices"     # what decays where a whole model trains, by its published recipe
+
     def build(self, classes, image_size):
         "A chain for `classes` classes and images of `image_size` pixels."
         raise TypeError(f"{type(self).__name__} has no build method")
@@ -100,6 +103,9 @@ class Model(Settings):
     def assemble(self, chain, states, rules=()):
         "Load the states of modules that were trained alone into `chain`; returns the keys treated by a rule."
         return assemble(chain, states, rules)
+
+    def check_training(self):
+        "A ValueError for settings that can be loaded and evaluated, but not trained."
 
     def rules(self, position="resize"):
         "What may differ between a source and a target model of these settings."

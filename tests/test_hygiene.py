@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.translators import PythonTranslator
 
 root = Path(__file__).resolve().parents[1]
 experiments = sorted((root/"nbs/experiments").glob("*.ipynb"))
@@ -14,7 +15,7 @@ executed = sorted((root/"runs").rglob("*.ipynb"))
 each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.stem)
 
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
-FLOORS = dict(core=0, folder=0, chain=1, vit=1, graphs=1, sources=1, augment=1, data=1, routing=2, vmoe=2, modulated=2, products=1, tokenizers=2, nac=2, plain=2,
+FLOORS = dict(core=0, folder=0, chain=1, vit=1, graphs=1, sources=1, augment=1, data=1, optimizer=1, routing=2, vmoe=2, modulated=2, products=1, tokenizers=2, nac=2, plain=2,
               train=2, distill=3, evaluate=3, measure=1, convert=3, convert_nac=3, checkpoint=3, pipeline=4, report=4)
 BESIDE = dict(chain={"products"}, vit={"chain", "products"}, data={"sources", "augment"}, vmoe={"routing"}, nac={"modulated", "tokenizers"},
               plain={"modulated"}, convert={"convert_nac", "checkpoint"}, convert_nac={"checkpoint"})
@@ -34,15 +35,19 @@ def test_parameters_cell(path):
     cells = code_cells(path)
     assert cells[0].metadata.get("tags") == ["parameters"], "the first code cell is to be tagged parameters"
     for line, body in parameter_lines(path):
-        assert len(body) == 1 and isinstance(body[0], ast.Assign) and isinstance(body[0].targets[0], ast.Name), f"one assignment a line: {line}"
+        assert len(body) == 1 and isinstance(body[0], ast.AnnAssign) and isinstance(body[0].target, ast.Name), f"one name: type = value a line: {line}"
         ast.literal_eval(body[0].value)
         assert re.search(r"\S\s+# \S", line), f"a trailing # is to say what it is: {line}"
     assert "parameters()" in cells[1].source, "the second code cell is to call core.parameters()"
+    shown = {p.name: (p.inferred_type_name, p.help) for p in PythonTranslator.inspect(cells[0])}
+    for line, (node,) in parameter_lines(path):
+        kind, said = shown[node.target.id]
+        assert kind == ast.unparse(node.annotation) and said, f"papermill --help-notebook does not understand: {line}"
 
 
 @each("path", experiments)
 def test_every_parameter_is_read(path):
-    declared = {body[0].targets[0].id for _, body in parameter_lines(path)}
+    declared = {body[0].target.id for _, body in parameter_lines(path)}
     tree = ast.parse("\n".join("\n".join(line for line in c.source.splitlines() if line[:1] not in "%!") for c in code_cells(path)[1:]))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     if "vars" in read: return                                           # all of them go on as they are
