@@ -47,7 +47,7 @@ def published_settings(settings):
     s = DEFAULTS | (NAMES[known(name, NAMES, "published model")] if name is not None else {}) | settings
     if s["divided_depths"] is None: raise ValueError("divided_depths is missing: the published model does not say how many blocks its modules have")
     model = VMoE(depths=s["divided_depths"], width=s["embed_dim"], heads=s["num_heads"], patch=s["patch_size"], mlp_ratio=s["mlp_ratio"],
-                 experts=s["num_expert"], top_k=s["top_k"], mixtures=tuple(s["moe_pos"] or ()), qkv_bias=s["qkv_bias"], norm_eps=s["norm_eps"],
+                 experts=s["num_expert"], top_k=s["top_k"], softmax="after", mixtures=tuple(s["moe_pos"] or ()), qkv_bias=s["qkv_bias"], norm_eps=s["norm_eps"],
                  drop_path=s["drop_path_rate"])
     return model, s["num_classes"], s["img_size"]
 

@@ -15,18 +15,19 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from .core import Settings, known, seeded
-from .train import Phase, soft_cross_entropy, with_auxiliary
+from .train import Phase, full, soft_cross_entropy, with_auxiliary
 
 # %% ../nbs/08_distill.ipynb #9b89d740
 def soft_distillation(student_logits, teacher_logits, tau, reduction):
     "tau^2 KL(teacher || student) at temperature tau over logits (B, C); `reduction`: batchmean or mean (over batch and classes)."
+    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
     divisor = {"batchmean": len(student_logits), "mean": student_logits.numel()}[known(reduction, ("batchmean", "mean"), "reduction")]
     kl = F.kl_div(F.log_softmax(student_logits / tau, 1), F.log_softmax(teacher_logits / tau, 1), reduction="sum", log_target=True)
     return kl * tau**2 / divisor
 
 def hard_distillation(student_logits, teacher_logits, tau, reduction):
     "Cross-entropy of the student with the teacher's argmax; tau and reduction play no part."
-    return F.cross_entropy(student_logits, teacher_logits.argmax(1))
+    return F.cross_entropy(full(student_logits), teacher_logits.argmax(1))
 
 def m2mkd_terms(student_logits, teacher_logits, soft_labels, *, alpha, tau, reduction, kind="soft"):
     "The terms `label`, `distill` (absent without a teacher, which needs alpha 0) and their weighted sum `loss`; logits and labels (B, C)."
@@ -77,6 +78,11 @@ class Distillation(Settings):
     tau: float = Field(1.0, gt=0)
     reduction: Literal["batchmean", "mean"] = "batchmean"
     kind: Literal["soft", "hard"] = "soft"
+
+    def together(self):
+        for name, base in (("tau", 1.), ("reduction", "batchmean")):
+            if self.kind == "soft" or getattr(self, name) == base: continue
+            raise ValueError(f"{name} = {getattr(self, name)!r} has no effect with kind = 'hard'; leave it out")
 
 def match_nothing(flows, wanted):
     "No targets: the labels alone."

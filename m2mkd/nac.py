@@ -10,7 +10,7 @@ __all__ = ['CIRCUIT_ONLY', 'TINY_PRIORS', 'IMAGENET_PRIORS', 'MICRO_PRIORS', 'Ke
 
 # %% ../nbs/05_nac.ipynb #3893d41f
 import copy, functools
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -257,6 +257,7 @@ class NAC(Model):
     """A Neural Attentive Circuit. `share`: what the propagators have in common. `inputs_reach_mediators`: in all propagators, the first, or never.
     `seeder` None: the first states are learned. `head`: a modulated layer to the classes before pooling (`head_modulation` None: as in
     the read-out's attention). `code`: of modules alone, fixed (as published), or learned and handed on to the circuit."""
+    decays: ClassVar[str] = "all"
     width: PositiveInt = 384
     code_width: PositiveInt = 384
     signature_width: PositiveInt = 64

@@ -25,6 +25,8 @@ class Tokenizer(nn.Module):
         self.backbone, self.width = backbone, features + positions
         self.grid = nn.Parameter(torch.randn(positions, *grid)) if positions else None
 
+    def no_weight_decay(self): return {"grid"}      # a position embedding
+
     def forward(self, images):
         x = self.backbone(images)
         if self.grid is not None:

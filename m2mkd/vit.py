@@ -7,6 +7,7 @@ __all__ = ['resize_position', 'GRIDS', 'meta_chain', 'ResizePosition', 'say', 'f
 
 # %% ../nbs/03_vit.ipynb #5fbdc089
 import copy, math, re
+from typing import ClassVar
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -99,6 +100,8 @@ def from_jax(state, vit, path):
 # %% ../nbs/03_vit.ipynb #d7d413a2
 class Model(Settings):
     "Settings of a model: subclasses say how to `build` the chain."
+    decays: ClassVar[str] = "matrices"     # what decays where a whole model trains, by its published recipe
+
     def build(self, classes, image_size):
         "A chain for `classes` classes and images of `image_size` pixels."
         raise TypeError(f"{type(self).__name__} has no build method")
@@ -110,6 +113,9 @@ class Model(Settings):
     def assemble(self, chain, states, rules=()):
         "Load the states of modules that were trained alone into `chain`; returns the keys treated by a rule."
         return assemble(chain, states, rules)
+
+    def check_training(self):
+        "A ValueError for settings that can be loaded and evaluated, but not trained."
 
     def rules(self, position="resize"):
         "What may differ between a source and a target model of these settings."

@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_be_written(hub_layout, tmp_path, monkeypatch, capsy
     assert "not kept" in said and str(tmp_path/"file") in said and said.count("\n") == 1
 
 def test_real_tiny_imagenet():
-    if not REAL.exists() and not os.environ.get("CI"): pytest.skip("no ../shared/tiny-imagenet")
+    if not REAL.exists() and not os.environ.get("M2MKD_REQUIRE_DATA"): pytest.skip("no ../shared/tiny-imagenet")
     train = load("tiny-imagenet", REAL, every=20, files=(3,), per_class=(0, 20))
     test = load("tiny-imagenet", REAL, every=20, split="test", image_size=48, eval_crop=0.875)
     assert len(train) == 200 and train.image_size == 64 and len(train.classes) == 10 and train.classes[0] == "n01443537"

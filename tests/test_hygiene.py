@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.translators import PythonTranslator
 
 root = Path(__file__).resolve().parents[1]
 experiments = sorted((root/"nbs/experiments").glob("*.ipynb"))
@@ -16,7 +17,7 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
     "checkpoint core folder lock measure products stop",
-    "augment chain data families given graphs layouts pixels sources vit",
+    "augment chain data families given graphs layouts optimizer pixels sources vit",
     "arguments modulated nac plain routing tokenizers train vmoe",
     "convert convert_nac distill evaluate",
     "pipeline report")) for name in names.split()}
@@ -41,15 +42,19 @@ def test_parameters_cell(path):
     cells = code_cells(path)
     assert cells[0].metadata.get("tags") == ["parameters"], "the first code cell is to be tagged parameters"
     for line, body in parameter_lines(path):
-        assert len(body) == 1 and isinstance(body[0], ast.Assign) and isinstance(body[0].targets[0], ast.Name), f"one assignment a line: {line}"
+        assert len(body) == 1 and isinstance(body[0], ast.AnnAssign) and isinstance(body[0].target, ast.Name), f"one name: type = value a line: {line}"
         ast.literal_eval(body[0].value)
         assert re.search(r"\S\s+# \S", line), f"a trailing # is to say what it is: {line}"
     assert "parameters()" in cells[1].source, "the second code cell is to call core.parameters()"
+    shown = {p.name: (p.inferred_type_name, p.help) for p in PythonTranslator.inspect(cells[0])}
+    for line, (node,) in parameter_lines(path):
+        kind, said = shown[node.target.id]
+        assert kind == ast.unparse(node.annotation) and said, f"papermill --help-notebook does not understand: {line}"
 
 
 @each("path", experiments)
 def test_every_parameter_is_read(path):
-    declared = {body[0].targets[0].id for _, body in parameter_lines(path)}
+    declared = {body[0].target.id for _, body in parameter_lines(path)}
     tree = ast.parse("\n".join("\n".join(line for line in c.source.splitlines() if line[:1] not in "%!") for c in code_cells(path)[1:]))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     if "vars" in read: return                                           # all of them go on as they are

@@ -35,7 +35,7 @@ def outputs(notebook): return [c.outputs for c in nbformat.read(notebook.with_na
 
 def test_parameters_arrive_from_any_folder(notebook, tmp_path):
     (tmp_path/"elsewhere").mkdir()
-    run = papermill(notebook, "-p", "steps", "1", "-p", "lr", "1", "-p", "seeds", "[3, 4]", cwd=tmp_path/"elsewhere")
+    run = papermill(notebook, "--inject-paths", "-p", "steps", "1", "-p", "lr", "1", "-p", "seeds", "[3, 4]", cwd=tmp_path/"elsewhere")
     assert run.returncode == 0, run.stderr
     assert "namespace(steps=1, lr=1.0, seeds=[3, 4])" in str(outputs(notebook)) and "the end" in str(outputs(notebook))
 
