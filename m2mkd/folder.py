@@ -18,7 +18,8 @@ from .core import read_json, sha256, to_plain, whole, write_json
 # %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
     here = Path(importlib.util.find_spec("m2mkd").origin).parent
-    said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+    try: said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+    except OSError: return None                                # there is no git here
     return said.stdout.strip() if said.returncode == 0 else None
 
 @functools.cache
