@@ -98,6 +98,11 @@ class Stitched(Model):
 
     def rules(self, position="resize"): return self.student.rules(position)
 
+    def check_training(self): self.student.check_training()
+
+    @property
+    def decays(self): return self.student.decays
+
 # %% ../nbs/11_pipeline.ipynb #8d3cafad
 @dataclass(frozen=True)
 class Stage:
@@ -289,7 +294,8 @@ class Lab:
     def finetune(self, name: NAME, model: MODEL, modules: STAGES, task: TASK, training: TRAINING,
                  seed: SEED = None, position="resize"):
         "Assemble the Stages `modules` (one a module, or one whole model, or none: a fresh start) in `model` and train it end to end."
-        seed = self.seed if seed is None else seed
+        model.rules(position), model.check_training()
+        seed, training = self.seed if seed is None else seed, training.decaying(model.decays)
         record = self._settings(name, model, task, training, seed, modules, **({"position": position} if modules else {}))
         def make():
             chain = self._built(model, task, seed)
@@ -312,7 +318,8 @@ class Lab:
     def _pairs(self, name, host, model, task, training, seed, inputs, match, distillation, wanted):
         """Train the `wanted` modules of `model`, each in place of a link of the Stage `host`;
         match(host chain) -> what they are to match."""
-        seed = self.seed if seed is None else seed
+        model.check_training()
+        seed, training = self.seed if seed is None else seed, training.decaying("matrices")
         records = {f"{name}-{i}": self._settings(name, model, task, training, seed, inputs, i, distillation=distillation) for i in wanted}
         def make():
             chain, host_chain = self._built(model, task, seed), frozen(host.model(), self.runtime.resolved())

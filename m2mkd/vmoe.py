@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .chain import check_depths, evaluating, load
-from .core import known
+from .core import known, recorded
 from .products import with_linear
-from .routing import Gating, Router, limited, losses, observed
+from .routing import Gating, Router, check_learns, limited, losses, observed
 from .vit import Model, check_patch, from_chain, to_chain
 
 # %% ../nbs/06_vmoe.ipynb #7601bd91
@@ -164,6 +164,8 @@ class Experts(nn.Module):
         if self.equal:
             for w in (self.w1, self.w2): w.data[1:] = w.data[0]
 
+    def no_weight_decay(self): return {"b1", "b2"}       # stacked, but biases all the same
+
     def apply_to(self, rows, ends):
         "Rows (R, D), sorted by expert, each through its expert."
         return apply_experts(rows, ends, self.w1, self.b1, self.w2, self.b2)
@@ -274,7 +276,7 @@ class VMoE(Gating, Model):
         "A new mixture for the block of this number."
         hidden = int(self.width * self.mlp_ratio)
         if self.slots: return SoftMixture(self.width, hidden, self.experts, self.slots, self.equal_experts)
-        return Mixture(self.width, hidden, equal=self.equal_experts, name=f"block {block}", **{k: getattr(self, k) for k in Gating.model_fields})
+        with recorded(): return Mixture(self.width, hidden, equal=self.equal_experts, name=f"block {block}", **{k: getattr(self, k) for k in Gating.model_fields})
 
     def vit(self, classes, image_size):
         "The whole timm model, not yet cut."
@@ -287,6 +289,9 @@ class VMoE(Gating, Model):
         return with_linear(vit)
 
     def build(self, classes, image_size): return to_chain(self.vit(classes, image_size), self.depths)
+
+    def check_training(self):
+        if self.positions and not self.slots: check_learns(self.top_k, self.experts, self.softmax)
 
 PRESETS = {"micro": dict(width=32, heads=4, depths=(1, 1), patch=4, experts=4), "small": dict(width=384, heads=6), "base": {},
            "large": dict(width=1024, heads=16, depths=(6, 6, 6, 6))}

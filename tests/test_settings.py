@@ -1,5 +1,5 @@
 "What a user gives counts, or is refused in one sentence: parameters, what decays, schedules, routers, losses, trackers."
-import ast, json
+import ast, json, os, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -18,12 +18,14 @@ from m2mkd.distill import Distillation, hard_distillation, m2mkd_loss, soft_dist
 from m2mkd.optimizer import groups, layers, make_optimizer, make_schedule, no_decay
 from m2mkd.pipeline import Lab, Stitched, Task, load
 from m2mkd.report import alike, compare, runs_table
+from m2mkd.tokenizers import Patches
 from m2mkd.train import Runtime, Training, end_to_end, soft_cross_entropy, train, with_auxiliary
 from m2mkd.vit import Meta, ViT
 from m2mkd.vmoe import Mixture, VMoE
 
 experiments = sorted((Path(__file__).resolve().parents[1]/"nbs/experiments").glob("*.ipynb"))
 OWN = "epochs: int = 3\nlr = 0.1\nseeds: list[int] = [0]\nname = ''\nsizes = {'a': [1]}\non: bool = False"
+CIRCUIT = nac.preset("micro").but(mediators=nac.Latents(count=8), tokenizer=Patches(size=2, positions=4))
 TEACHER = ViT(depths=(1, 2), options=dict(embed_dim=8, num_heads=2, patch_size=4, depth=3))
 
 
@@ -109,7 +111,9 @@ def test_records_are_not_asked_what_they_say_together(monkeypatch):
 
 # --- what decays ---
 
-def names(model, **how): return {n for n, p in model.named_parameters() for g in groups(model, 0.05, **how) if not g["weight_decay"] and any(p is q for q in g["params"])}
+def names(model, **how):
+    still = {id(p) for g in groups(model, 0.05, **how) if not g["weight_decay"] for p in g["params"]}
+    return {n for n, p in model.named_parameters() if id(p) in still}
 
 @pytest.fixture(scope="module")
 def whole():
@@ -126,7 +130,7 @@ def test_all_decay_or_matrices_as_in_timm(whole):
     assert {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups(chain, 0.05, layer_decay=0.7) for p in g["params"]} == theirs
 
 def test_what_decays_in_our_students():
-    with seeded(0, "students"): moe, circuit = VMoE(depths=(1, 1), width=8, heads=2, patch=4, experts=2).build(3, 8), nac.preset("micro").but(mediators=nac.Latents(count=32), regularisers=()).build(3, 32)
+    with seeded(0, "students"): moe, circuit = VMoE(depths=(1, 1), width=8, heads=2, patch=4, experts=2).build(3, 8), CIRCUIT.build(3, 8)
     assert {"0.blocks.0.mlp.b1", "1.blocks.0.mlp.b2", "0.blocks.0.mlp.router.gate.bias", "0.embed.vit.cls_token"} < names(moe)
     assert not {"0.blocks.0.mlp.w1", "0.blocks.0.mlp.router.gate.weight"} & names(moe)
     assert "0.tokenizer.grid" in names(circuit) and not {"0.mediators.codes", "0.mediators.signatures"} & names(circuit)
@@ -266,3 +270,30 @@ def test_settings_without_effect():
     fails(lambda: Distillation(kind="hard", tau=4), "tau = 4.0 has no effect")
     fails(lambda: Distillation(kind="hard", reduction="mean"), "reduction = 'mean' has no effect")
     assert Distillation(kind="hard").tau == 1
+
+
+# --- a container with nothing in it ---
+
+SLIM = """
+import sys
+from m2mkd import report, nac
+from m2mkd.data import Augment, Data
+from m2mkd.pipeline import Lab, Task, load
+from m2mkd.train import Runtime, Training
+from m2mkd.vit import ViT
+few = [Data(name="digits", split=s, classes=3, per_class=4) for s in ("train", "test")]
+lab = Lab(sys.argv[1], Runtime(device="cpu"))
+brief = Training(epochs=1, batch_size=4, augment=Augment(flip=0))
+model = ViT(depths=(1, 1), options=dict(embed_dim=8, num_heads=2, patch_size=4))
+stage = lab.end_to_end("vit", model, Task(train=few[0], test=(few[1],)), brief)
+load(stage.path)
+report.save(report.bars(report.runs_table(sys.argv[1]).assign(arm="a")), sys.argv[1] + "/a.svg")
+print("commit", stage.done["commit"])
+"""
+
+def test_no_git_no_display_no_home(tmp_path):
+    (tmp_path/"file").touch()
+    env = dict(PATH=str(tmp_path/"nowhere"), HOME=str(tmp_path/"file"/"home"), M2MKD_CACHE=str(tmp_path/"cache"), TMPDIR=str(tmp_path),
+               PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
+    run = subprocess.run([sys.executable, "-c", SLIM, tmp_path/"runs"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "commit None" in run.stdout, run.stderr
