@@ -8,16 +8,19 @@ __all__ = ['OURS', 'known', 'recorded', 'number', 'Settings', 'registered', 'to_
            'flop_counter', 'Parameters', 'parameters', 'progress']
 
 # %% ../nbs/00_core.ipynb #5cbd519d
-import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, io, json, operator, os, random, sys, textwrap, threading, uuid
+import ast, contextlib, contextvars, difflib, functools, hashlib, importlib, json, operator, os, random, sys, textwrap, threading, uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, ClassVar, get_args, get_origin
 
 import numpy as np
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
-from tqdm import tqdm
+
+from .bars import progress
+
+# %% ../nbs/00_core.ipynb #5cbd519e
+_all_ = ["progress"]   # importable from here, too
 
 # %% ../nbs/00_core.ipynb #fe53cd12
 def known(name, names, what):
@@ -372,37 +375,3 @@ def parameters(history=None):
     if not cells:                                                       # nbdev_test keeps no history, and injects nothing
         return Parameters({k: v for k, v in names.items() if k not in ("In", "Out") and k[0] != "_" and _literal(v)})
     return Parameters(*_history(*_split(cells)))
-
-# %% ../nbs/00_core.ipynb #dd969711
-_LIVE = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"     # set for a kernel that a person looks at
-
-_terminal = functools.cache(lambda fd: open(os.dup(fd), "w"))
-
-def _screen():
-    "Where a bar can be drawn: (file, line), line counted from the cursor; (None, None) if nowhere."
-    fd = getattr(sys.stderr, "_original_stdstream_copy", None)    # a kernel keeps the stderr it was started with
-    if fd is None: return (sys.stderr, None) if sys.stderr.isatty() else (None, None)
-    starter = psutil.Process(os.getppid()).cmdline()
-    papermill = bool({"papermill", "m2mkd"} & {Path(word).name for word in starter})
-    if not papermill and any(name in os.environ for name in _LIVE): return sys.stdout, None
-    return (_terminal(fd), int(papermill)) if os.isatty(fd) and "--log-output" not in starter else (None, None)
-
-class _Lines(tqdm):
-    "tqdm in whole lines: the first after ten seconds, the next after ten seconds or a tenth of the time so far, and the last."
-    said = 0.
-    def display(self, msg=None, pos=None):
-        took = self._time() - self.start_t
-        if msg == "" or took - self.said < max(10, self.said/10): return
-        self.said = took
-        print(self, flush=True)
-
-    def close(self):
-        if self.said and not self.disable: print(self, flush=True)
-        super().close()
-
-# %% ../nbs/00_core.ipynb #06805718
-def progress(it=None, what="", **kwargs):
-    "A tqdm bar over `it` (or with `total=`, by `update`): on the terminal, in JupyterLab, or as lines now and then."
-    (file, line), what = _screen(), textwrap.shorten(what, 40, placeholder=" ...")
-    if file is None: return _Lines(it, desc=what, file=io.StringIO(), delay=10, mininterval=1, leave=False, **kwargs)
-    return tqdm(it, desc=what, file=file, position=line, dynamic_ncols=True, mininterval=0.5, leave=False, **kwargs)

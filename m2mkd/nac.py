@@ -298,8 +298,7 @@ class NAC(Model):
         if self.seeder and self.seeder.code_is_state and (self.code_width != self.width or self.seeder.state_noise):
             raise ValueError(f"a code can be the state only without state noise and if they are equally wide: {self.code_width} and {self.width}")
 
-    def _modules(self, kinds, classes, image_size):
-        read_in, propagator, read_out = kinds
+    def _modules(self, read_in, propagator, read_out, classes, image_size):
         modules = [read_in(self, classes, image_size), *(propagator(self, i) for i in range(self.propagators)), read_out(self, classes)]
         for p in modules[2:-1]:
             if self.share != "nothing": p.ffn = modules[1].ffn
@@ -307,7 +306,7 @@ class NAC(Model):
         return modules
 
     def build(self, classes, image_size):
-        circuit = Circuit(*self._modules((ReadIn, Propagator, ReadOut), classes, image_size))
+        circuit = Circuit(*self._modules(ReadIn, Propagator, ReadOut, classes, image_size))
         circuit[0].populate(self)
         for p in circuit.propagators:
             if p.attention.kernel is None: p.attention.kernel = self.kernel.build()
@@ -318,7 +317,7 @@ class NAC(Model):
     def alone(self, classes, image_size):
         "The chain of the modules alone."
         if self.share != "nothing": raise ValueError(f"share = {self.share!r}: modules that share weights cannot be trained alone; build the NAC with share='nothing'")
-        modules = self._modules((StudentReadIn, StudentPropagator, StudentReadOut), classes, image_size)
+        modules = self._modules(StudentReadIn, StudentPropagator, StudentReadOut, classes, image_size)
         for i, m in enumerate(modules): m.isolate(self, state=i in (0, len(modules) - 1))
         return nn.Sequential(*modules)
 

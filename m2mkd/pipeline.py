@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Task', 'check_apart', 'check_no_copy', 'Stitched', 'Stage', 'load', 'cost', 'frozen', 'start_from', 'modules_of',
-           'runs_folder', 'figures_folder', 'HybridError', 'Lab']
+           'HybridError', 'Lab', 'Runtime', 'Training', 'digest', 'figures_folder', 'runs_folder']
 
 # %% ../nbs/11_pipeline.ipynb #25116596
-import importlib.util, os, time
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,14 @@ from .core import Settings, from_plain, hash_of, read_json, seeded, sha256, to_p
 from .data import Batches, Data, Given, ImageSet, digest, whole_split
 from .distill import Distillation, match_host, match_modules, match_nothing, paired
 from .evaluate import agreement, evaluate, evaluate_all
-from .folder import Folder
+from .folder import Folder, figures_folder, runs_folder
 from .lock import owned
 from .stop import stopping
-from .train import Phase, Runtime, Training, end_to_end, train
+from .train import Runtime, Training, end_to_end, train
 from .vit import Model
+
+# %% ../nbs/11_pipeline.ipynb #25116597
+_all_ = ["Runtime", "Training", "digest", "figures_folder", "runs_folder"]   # importable from here, too
 
 # %% ../nbs/11_pipeline.ipynb #9cbb0fe0
 class Task(Settings):
@@ -198,20 +201,6 @@ def start_from(chain, model, modules, record, position):
 def modules_of(stages):
     "The modules of a Stage that is a whole model, or of a list of Stages that are one module each."
     return list(stages.model()) if isinstance(stages, Stage) else [s.model() for s in stages]
-
-# %% ../nbs/11_pipeline.ipynb #9910ef1d
-def _home():
-    "The checkout that this package lies in, or else the working directory."
-    checkout = Path(importlib.util.find_spec("m2mkd").origin).parents[1]
-    return checkout if (checkout/"settings.ini").exists() else Path.cwd()
-
-def runs_folder(name, folder=""):
-    "`folder`, if given; else `<name>` in $M2MKD_RUNS, or in `runs` of the checkout or the working directory."
-    return Path(folder or Path(os.environ.get("M2MKD_RUNS") or _home()/"runs")/name)
-
-def figures_folder():
-    "Where figures go: `figures` in $M2MKD_RUNS, or in the checkout or the working directory."
-    return Path(os.environ.get("M2MKD_RUNS") or _home())/"figures"
 
 # %% ../nbs/11_pipeline.ipynb #3c728352
 class HybridError(ValueError):

@@ -16,15 +16,15 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
-    "checkpoint core folder lock measure products stop",
+    "bars checkpoint core folder lock measure products stop",
     "augment chain data families given graphs layouts optimizer pixels sources vit",
-    "arguments modulated nac plain routing tokenizers train vmoe",
+    "arguments modulated nac phase plain routing tokenizers train vmoe",
     "convert convert_nac distill evaluate",
     "pipeline report")) for name in names.split()}
 BESIDE = dict(
-    core={"measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
+    core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
-    vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
+    train={"phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
     convert={"convert_nac"})
 
 
