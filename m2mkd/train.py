@@ -27,7 +27,8 @@ from .chain import freeze, load
 from .core import Settings, flop_counter, known, progress, seeded
 from .data import Augment
 from .folder import Folder
-from .optimizer import LOWEST, check_optimizer, check_schedule, make_optimizer, make_schedule, warmup_steps
+from .optimizer import LOWEST, check_optimizer, check_schedule, warmup_steps
+from .optimizer import make_optimizer, make_schedule
 
 # %% ../nbs/07_train.ipynb #effbcb21
 class Training(Settings):
@@ -38,7 +39,7 @@ class Training(Settings):
     min_lr: float = Field(1e-5, ge=0)          # per 512 images, at the end of the schedule
     warmup: float = Field(0, ge=0)             # epochs, in whole steps
     schedule: str = "cosine"                   # a key of optimizer.SCHEDULES
-    schedule_options: dict = {}                # timm's; what is in epochs counts from the warm-up's end
+    schedule_options: dict = {}                # timm's; epochs count from the end of the warm-up
     weight_decay: float = Field(0.05, ge=0)
     decay: Literal["all", "matrices"] | None = None  # of which parameters; None: the phase's recipe
     layer_decay: float | None = Field(None, gt=0, lt=1)  # the rate of a layer over that of the next
@@ -65,9 +66,11 @@ class Training(Settings):
         check_schedule(self.schedule, self.schedule_options, self.epochs)
         default = "" if "min_lr" in self.model_fields_set else " (the default)"
         if self.schedule in LOWEST and self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr}{default} is above lr = {self.lr}: the learning rate would rise")
+            raise ValueError(f"min_lr = {self.min_lr}{default} is above lr = {self.lr}: "
+                             "the learning rate would rise")
         if self.schedule not in LOWEST and not default:
-            raise ValueError(f"min_lr = {self.min_lr} has no effect: the {self.schedule} schedule does not end there; leave it out")
+            raise ValueError(f"min_lr = {self.min_lr} has no effect: the {self.schedule} schedule "
+                             "does not end there; leave it out")
 
     def decaying(self, rule):
         "These settings, with the `rule` of what decays where they leave it open."
@@ -84,7 +87,8 @@ class Runtime(Settings):
         for name in self.trackers:
             known(name, LOGGER_TYPE_TO_CLASS, "tracker")
             if name not in [str(t) for t in get_available_trackers()]:
-                raise ValueError(f"tracker {name!r} is not installed: pip install {name}, or leave it out")
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}, "
+                                 "or leave it out")
 
     def resolved(self):
         "The device as text; a ValueError where it is cuda and torch sees no GPU."
@@ -321,7 +325,8 @@ def train(phase, batches, settings, folders, record=None, evaluate=None, runtime
     """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
     done before. `record`: {name: settings to keep}, by default `settings`."""
     settings = settings.decaying("matrices")
-    if not all((Path(f)/"done.json").exists() for f in folders.values()): warmup_steps(settings, len(batches))
+    finished = all((Path(f)/"done.json").exists() for f in folders.values())
+    if not finished: warmup_steps(settings, len(batches))               # an error now, not later
     folders = {n: Folder(f).start((record or {}).get(n, {"training": settings})) for n, f in folders.items()}
     done = {n: d for n, f in folders.items() if (d := f.done())}
     for n in done: load(phase.trains[n], folders[n].weights())
