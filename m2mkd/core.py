@@ -87,11 +87,13 @@ class Settings(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value, info):
         value, kind = number(value), cls.model_fields[info.field_name].annotation
-        if not isinstance(value, bool) or not {int, float} & {kind, *get_args(kind)} or bool in get_args(kind): return value
+        kinds = {kind, *get_args(kind)}
+        if not isinstance(value, bool) or not {int, float} & kinds or bool in kinds: return value
         raise ValueError("it should be a number")
 
     def together(self):
-        "For subclasses: a ValueError for values that cannot run together or of which one has no effect. Records are not asked."
+        """For subclasses: a ValueError for values that cannot run together, or of which one has no
+        effect. Records are not asked."""
 
     def but(self, **changes):
         "The same settings with `changes`, checked again."
@@ -275,17 +277,21 @@ def _value(expression, names=dict(float=float)):
     "What an expression of literals, arithmetic and float(...) says; a ValueError for any other."
     text = expression if isinstance(expression, str) else ast.unparse(expression)
     try: return eval(text, {"__builtins__": {}, **names})
-    except Exception: raise ValueError(f"{text} cannot be read: it should be a number, text, list or dict") from None
+    except Exception: pass
+    raise ValueError(f"{text} cannot be read: it should be a number, text, list or dict")
 
 def _assigned(cell):
-    "The plain assignments of a cell, {name: (type or None, expression)}, and the names that other statements set."
+    """The plain assignments of a cell, {name: (type or None, expression)}, and the names that other
+    statements set."""
     plain, other = {}, set()
     for node in ast.parse(cell).body:
         targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and all(isinstance(t, ast.Name) for t in targets):
+        simple = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value
+        if simple and all(isinstance(t, ast.Name) for t in targets):
             plain |= {t.id: (getattr(node, "annotation", None), node.value) for t in targets}
         elif not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            other |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            inner = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+            other |= {n.id for n in inner if isinstance(n.ctx, ast.Store)}
     return plain, other
 
 def _readable(cell):
@@ -299,8 +305,10 @@ def _readable(cell):
 def _read(cell, declared=()):
     "{name: (type or None, value)} of a cell of parameters; a ValueError names what cannot be read."
     try: plain, other = _assigned(cell)
-    except SyntaxError as e: raise ValueError(f"the cell of parameters cannot be read: {e}") from None
-    if (odd := sorted(other & {*plain, *declared})): raise ValueError(f"parameter {odd[0]} is set by more than a plain {odd[0]} = ...: set it once")
+    except SyntaxError as e:
+        raise ValueError(f"the cell of parameters cannot be read: {e}") from None
+    for name in sorted(other & {*plain, *declared}):
+        raise ValueError(f"parameter {name} is set by more than a plain {name} = ...: set it once")
     def read(name, kind, value):
         try: return kind and _value(kind, _TYPES), _value(value)
         except ValueError as e: raise ValueError(f"parameter {name}: {e}") from None
@@ -314,10 +322,12 @@ def _fits(kind, default, value, name):
     base = get_origin(kind) or kind
     if base in (list, tuple, dict) and isinstance(value, str) and value[:1] in ("[", "(", "{"):
         with contextlib.suppress(ValueError): value = _value(value)
-    elif base in (list, tuple) and isinstance(value, (int, float, str)) and value != "": value = [value]
+    elif base in (list, tuple) and isinstance(value, (int, float, str)) and value != "":
+        value = [value]
     if base in (list, tuple) and isinstance(value, (list, tuple)): value = base(value)
     if base is str and type(value) is int: value = str(value)
-    try: return TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    try: return TypeAdapter(kind, config=strict).validate_python(value)
     except ValidationError: pass
     said = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
     raise ValueError(f"parameter {name} = {value!r} is no {said}; its default is {default!r}")
@@ -335,43 +345,55 @@ class Parameters(SimpleNamespace):
 
     def smaller(self, **values):
         "Set, and print, those of `values` that nobody gave."
-        mine = {k: v for k, v in values.items() if known(k, vars(self), "parameter of this notebook") not in self.given}
+        for name in values: known(name, vars(self), "parameter of this notebook")
+        mine = {k: v for k, v in values.items() if k not in self.given}
         vars(self).update(mine)
-        if mine: print("smaller than the defaults, where not given: " + ", ".join(f"{k} = {v!r}" for k, v in mine.items()))
+        said = ", ".join(f"{k} = {v!r}" for k, v in mine.items())
+        if mine: print(f"smaller than the defaults, where not given: {said}")
 
     def unused(self, why, *names):
         "ValueError if one of the parameters `names` was given, though it has no effect: `why`."
         for name in names:
             if known(name, vars(self), "parameter of this notebook") not in self.given: continue
-            raise ValueError(f"parameter {name} = {getattr(self, name)!r} would have no effect: {why}; leave it out")
+            value = getattr(self, name)
+            raise ValueError(f"parameter {name} = {value!r} would have no effect: {why}; leave it out")
 
 def _split(cells):
-    "The first cell of parameters, and [(whether papermill injected it, cell)] of those that ran after it and set parameters, too."
+    """The first cell of parameters, and [(whether papermill injected it, cell)] of those that ran
+    after it and set parameters, too."""
     injected = [c.splitlines()[0] == "# Parameters" for c in cells]
-    first = max(0, injected.index(True, 1) - 1) if True in injected[1:] else next((i for i, c in enumerate(cells) if _readable(c)), 0)
+    if True in injected[1:]: first = injected.index(True, 1) - 1
+    else: first = next((i for i, c in enumerate(cells) if _readable(c)), 0)
     mine, after = _readable(cells[first]), list(zip(injected, cells))[first + 1:]
     if injected[first] and any(mine & _readable(c) for theirs, c in after if not theirs):
-        raise ValueError("papermill put its values above the cell that declares them, so they do not count: give that cell the tag `parameters`")
-    return cells[first], [(theirs, c) for theirs, c in after if theirs or 2 * len(_readable(c) & mine) > len(mine)]
+        raise ValueError("papermill put its values above the cell that declares them, so they do "
+                         "not count: give that cell the tag `parameters`")
+    def counts(theirs, cell): return theirs or 2 * len(_readable(cell) & mine) > len(mine)
+    return cells[first], [both for both in after if counts(*both)]
 
 def _history(first, after):
     "Values by name, and the names given: of the cells that `_split` found."
     declared, given = _read(first), set()
     values = {k: _fits(*both, both[1], k) for k, both in declared.items()}
     for theirs, cell in after:
-        found = {k: v for k, (_, v) in _read(cell, declared).items() if not k.startswith("PAPERMILL_")}
-        if not theirs:                                                              # ours, edited and run again
-            values, given = {}, {k for k, v in found.items() if v != declared.get(k, (None, ...))[1]}
+        read = _read(cell, declared)
+        found = {k: v for k, (_, v) in read.items() if not k.startswith("PAPERMILL_")}
+        if not theirs:                                                  # ours, edited and run again
+            values = {}
+            given = {k for k, v in found.items() if v != declared.get(k, (None, ...))[1]}
             declared |= {k: (None, v) for k, v in found.items() if k not in declared}
         else: given |= found.keys()
-        values |= {known(k, declared, "parameter of this notebook"): _fits(*declared[k], v, k) for k, v in found.items()}
+        for name in found: known(name, declared, "parameter of this notebook")
+        values |= {k: _fits(*declared[k], v, k) for k, v in found.items()}
     return values, given
 
 def parameters(history=None):
-    """The `Parameters` of this notebook: what its first cell declares, as papermill's injected cell changes it. ValueError for a name that is not
-    declared, a value of another type, and what cannot be read."""
+    """The `Parameters` of this notebook: what its first cell declares, as papermill's injected cell
+    changes it. ValueError for a name that is not declared, a value of another type, and what cannot
+    be read."""
     names = get_ipython().user_ns if history is None else {}
     cells = [c for c in history or names["In"] if c.strip()]
     if not cells:                                                       # nbdev_test keeps no history, and injects nothing
-        return Parameters({k: v for k, v in names.items() if k not in ("In", "Out") and k[0] != "_" and _literal(v)})
+        own = {k: v for k, v in names.items() if k not in ("In", "Out") and k[0] != "_"}
+        return Parameters({k: v for k, v in own.items() if _literal(v)})
     return Parameters(*_history(*_split(cells)))

@@ -82,7 +82,8 @@ class Distillation(Settings):
     def together(self):
         for name, base in (("tau", 1.), ("reduction", "batchmean")):
             if self.kind == "soft" or getattr(self, name) == base: continue
-            raise ValueError(f"{name} = {getattr(self, name)!r} has no effect with kind = 'hard'; leave it out")
+            raise ValueError(f"{name} = {getattr(self, name)!r} has no effect with kind = 'hard'; "
+                             "leave it out")
 
 def match_nothing(flows, wanted):
     "No targets: the labels alone."

@@ -22,14 +22,15 @@ from .core import known, seeded
 def no_decay(model):
     "Patterns of the names, beside those of one dimension, that do not decay under `matrices`."
     named = ((prefix, getattr(m, "no_weight_decay", set)()) for prefix, m in model.named_modules())
-    return {"*.bias"} | {f"{prefix}.{name}".lstrip(".") for prefix, names in named for name in names}
+    own = {f"{prefix}.{name}".lstrip(".") for prefix, names in named for name in names}
+    return {"*.bias"} | own
 
 # %% ../nbs/07a_optimizer.ipynb #31483dd0
 def layers(chain, name=""):
     "The names of the layers of `chain`, in order; one name where it is no `nn.Sequential`."
     inner = dict(chain.named_children()) if isinstance(chain, nn.Sequential) else {}
-    elementary = [c for c in inner.values() if not any(c.children()) and any(True for _ in c.parameters())]
-    if not inner or elementary: return [name]
+    def elementary(m): return not any(m.children()) and any(True for _ in m.parameters())
+    if not inner or any(map(elementary, inner.values())): return [name]
     return [n for k, child in inner.items() for n in layers(child, f"{name}.{k}".lstrip("."))]
 
 _NORM = re.compile(r"(^|\.)head\.vit\.norm\.")
@@ -39,17 +40,23 @@ def _matcher(model):
     if hasattr(model, "group_matcher"): return model.group_matcher
     depth = {f"{layer}.{name}".lstrip("."): i for i, layer in enumerate(layers(model))
              for name, _ in model.get_submodule(layer).named_parameters()}
-    return lambda coarse: lambda name: (depth[name] - 1, 99999) if _NORM.search(name) and depth[name] else (depth[name],)
+    def place(name):
+        d = depth[name]
+        return (d - 1, 99999) if d and _NORM.search(name) else (d,)     # 99999: with the layer before
+    return lambda coarse: place
 
 def groups(model, weight_decay, decay="matrices", layer_decay=None):
-    "Parameter groups of `model` for an optimizer, as timm makes them of a whole model; frozen parameters are in none."
+    """Parameter groups of `model` for an optimizer, as timm makes them of a whole model; frozen
+    parameters are in none."""
     matrices = known(decay, ("matrices", "all"), "rule of what decays") == "matrices"
-    how = dict(weight_decay=weight_decay, weight_decay_exclude_1d=matrices, no_weight_decay_list=no_decay(model) if matrices else ())
+    how = dict(weight_decay=weight_decay, weight_decay_exclude_1d=matrices,
+               no_weight_decay_list=no_decay(model) if matrices else ())
     if layer_decay is None: return param_groups_weight_decay(model, **how)
     like = SimpleNamespace(named_parameters=model.named_parameters, group_matcher=_matcher(model))
     found = param_groups_layer_decay(like, layer_decay=layer_decay, **how)
     if len({g["lr_scale"] for g in found}) > 1: return found
-    raise ValueError(f"layer_decay = {layer_decay} has no effect: what trains is one layer only; leave it out")
+    raise ValueError(f"layer_decay = {layer_decay} has no effect: what trains is one layer only; "
+                     "leave it out")
 
 # %% ../nbs/07a_optimizer.ipynb #9545abc7
 FUSED = ("adam", "adamw", "sgd")  # torch's own: one kernel a step, twice as fast on small models
@@ -59,7 +66,7 @@ def _optimizer(parameters, name, lr):
     return create_optimizer_v2(parameters, opt=name, lr=lr, weight_decay=0., **fused)
 
 def _tried(name, device):
-    "What is wrong with the optimizer `name` after a step on parameters of 0 to 4 dimensions; None if nothing is."
+    "What is wrong with the optimizer `name` on parameters of 0 to 4 dimensions; None if nothing is."
     shapes = (), (3,), (4, 3), (2, 4, 3), (4, 3, 2, 2)
     try:
         with seeded(0, "optimizer"), warnings.catch_warnings(action="ignore"), torch.enable_grad():
@@ -67,7 +74,8 @@ def _tried(name, device):
             optimizer = _optimizer([dict(params=parameters, weight_decay=0.05)], name, 1e-3)
             sum(p.square().sum() for p in parameters).backward()
             optimizer.step()
-            return None if all(p.isfinite().all() for p in parameters) else "its first step gives nan"
+            finite = all(p.isfinite().all() for p in parameters)
+            return None if finite else "its first step gives nan"
     except Exception as e: return f"{type(e).__name__}: {e}".splitlines()[0]
 
 @functools.cache
@@ -76,7 +84,8 @@ def check_optimizer(name):
     known(name, list_optimizers(), "optimizer")
     why = _tried(name, "cpu")
     if why and torch.cuda.is_available(): why = _tried(name, "cuda")
-    if why: raise ValueError(f"optimizer {name!r} cannot run here ({why}); take another, for example 'adamw'")
+    if why: raise ValueError(f"optimizer {name!r} cannot run here ({why}); take another, "
+                             "for example 'adamw'")
 
 def make_optimizer(model, settings):
     "The optimizer that `settings` ask for, over the `groups` of `model`."
@@ -84,29 +93,40 @@ def make_optimizer(model, settings):
     return _optimizer(found, settings.optimizer, settings.lr * settings.batch_size / 512)
 
 # %% ../nbs/07a_optimizer.ipynb #6835b59c
-SCHEDULES = {"cosine": ("k_decay",), "tanh": (), "poly": ("decay_rate", "k_decay"), "wsd": ("decay_epochs", "decay_fn"),
-             "step": ("decay_epochs", "decay_rate"), "multistep": ("decay_milestones", "decay_rate"), "constant": ()}   # name: its options
+SCHEDULES = {"cosine": ("k_decay",), "tanh": (), "poly": ("decay_rate", "k_decay"),
+             "wsd": ("decay_epochs", "decay_fn"), "step": ("decay_epochs", "decay_rate"),
+             "multistep": ("decay_milestones", "decay_rate"), "constant": ()}   # name: its options
 LOWEST = ("cosine", "tanh", "poly", "wsd")                  # those that end at min_lr
 _NEEDED = {"step": "decay_epochs", "multistep": "decay_milestones"}
 
 def check_schedule(name, options, epochs):
-    "ValueError for `options` that timm's schedule `name` does not have, needs, or would not come to in so many `epochs`."
+    """ValueError for `options` that timm's schedule `name` does not have, needs, or would not come to
+    in so many `epochs`."""
     has = SCHEDULES[known(name, SCHEDULES, "schedule")]
     for option in options: known(option, has, f"option of the {name} schedule")
-    if (needed := _NEEDED.get(name)) and needed not in options: raise ValueError(f"the {name} schedule needs schedule_options={{{needed!r}: ...}}, in epochs")
-    late = [v for k in _NEEDED.values() if k in options for v in (options[k] if isinstance(options[k], (list, tuple)) else [options[k]]) if not 0 < v < epochs]
-    if late: raise ValueError(f"schedule_options {options}: {late[0]} is no epoch between 0 and {epochs}")
+    if (needed := _NEEDED.get(name)) and needed not in options:
+        raise ValueError(f"the {name} schedule needs schedule_options={{{needed!r}: ...}}, in epochs")
+    for value in (options[k] for k in _NEEDED.values() if k in options):
+        for epoch in value if isinstance(value, (list, tuple)) else [value]:
+            if 0 < epoch < epochs: continue
+            raise ValueError(f"schedule_options {options}: {epoch} is no epoch between 0 and {epochs}")
 
 def warmup_steps(settings, per_epoch):
     "The steps of the warm-up, `per_epoch` steps an epoch; a ValueError where it leaves none."
-    steps, total = max(1, round(settings.warmup * per_epoch)) if settings.warmup else 0, per_epoch * settings.epochs
+    steps = max(1, round(settings.warmup * per_epoch)) if settings.warmup else 0
+    total = per_epoch * settings.epochs
     if steps < total: return steps
-    raise ValueError(f"warmup = {settings.warmup} epochs is {steps} of the {total} steps of this training: it must leave at least one")
+    raise ValueError(f"warmup = {settings.warmup} epochs is {steps} of the {total} steps of this "
+                     "training: it must leave at least one")
 
 def make_schedule(optimizer, settings, per_epoch):
     "timm's schedule of `optimizer`, for `per_epoch` steps an epoch."
-    scale, warmup, options = settings.batch_size / 512, warmup_steps(settings, per_epoch), dict(settings.schedule_options)
-    def steps(epochs): return [steps(e) for e in epochs] if isinstance(epochs, (list, tuple)) else max(1, round(epochs * per_epoch))
-    options |= {k: steps(options[k]) for k in _NEEDED.values() if k in options}
-    return create_scheduler_v2(optimizer, settings.schedule, num_epochs=per_epoch * settings.epochs - warmup, warmup_epochs=warmup, warmup_prefix=True,
-                               min_lr=settings.min_lr * scale, warmup_lr=min(1e-6, settings.lr) * scale, step_on_epochs=False, updates_per_epoch=1, **options)[0]
+    scale, warmup = settings.batch_size / 512, warmup_steps(settings, per_epoch)
+    def steps(epochs):
+        if isinstance(epochs, (list, tuple)): return [steps(e) for e in epochs]
+        return max(1, round(epochs * per_epoch))
+    options = {k: steps(v) if k in _NEEDED.values() else v for k, v in settings.schedule_options.items()}
+    return create_scheduler_v2(
+        optimizer, settings.schedule, num_epochs=per_epoch * settings.epochs - warmup,
+        min_lr=settings.min_lr * scale, warmup_lr=min(1e-6, settings.lr) * scale,
+        warmup_epochs=warmup, warmup_prefix=True, step_on_epochs=False, updates_per_epoch=1, **options)[0]

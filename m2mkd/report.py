@@ -44,17 +44,20 @@ def _finished(folder, read):
     return found
 
 def _decay(stage):
-    "What decayed in a stage, by its settings.json (a training without this setting: all); None where nothing trained, or no such file is there."
+    """What decayed in a stage, by its settings.json (a training without this setting: all); None
+    where nothing trained, or no such file is there."""
     settings = read_json(stage/"settings.json") if (stage/"settings.json").exists() else {}
     training = isinstance(settings, dict) and settings.get("training") or None
     return training and (training.get("decay") or "all")
 
 def one_decay(rules):
-    "ValueError if the `rules` of what decayed (missing ones do not count) are not all the same: such stages are not compared."
+    """ValueError if the `rules` of what decayed (missing ones do not count) are not all the same:
+    such stages are not compared."""
     found = sorted({r for r in rules if isinstance(r, str)})
     if len(found) < 2: return
-    raise ValueError(f"weight decay differs between the stages of one table ({' and '.join(found)}): it would be part of every difference; "
-                     "choose stages of one rule, for example table[table.decay == 'matrices']")
+    raise ValueError(f"weight decay differs between the stages of one table ({' and '.join(found)}): "
+                     "it would be part of every difference; choose stages of one rule, for example "
+                     "table[table.decay == 'matrices']")
 
 def alike(stages):
     "The `stages` (of a pipeline), if the same decayed in all of them; see `one_decay`."
@@ -68,7 +71,8 @@ def _integers(table):
 
 def runs_table(folder):
     "One row per finished stage below `folder`: experiment, name, seed, hash, seconds, epochs, flops, ..., and its results."
-    rows = [{"experiment": stage.parent.name, "decay": decay, **{k: v for k, v in done.items() if k not in ("sums", "versions")}}
+    def facts(done): return {k: v for k, v in done.items() if k not in ("sums", "versions")}
+    rows = [{"experiment": stage.parent.name, "decay": decay, **facts(done)}
             for stage, done, decay in _finished(folder, _decay)]
     table = _integers(pd.json_normalize(rows))
     plain = {c: c.removeprefix("results.") for c in table}
@@ -76,8 +80,10 @@ def runs_table(folder):
 
 def metrics_table(folder):
     "All lines of metrics.jsonl of the finished stages below `folder`, each with its stage's experiment, name, seed and hash."
-    rows = [{"experiment": stage.parent.name, **{k: done.get(k) for k in ("name", "seed", "hash")}, "decay": decay, **line}
-            for stage, done, (decay, lines) in _finished(folder, lambda stage: (_decay(stage), _lines(stage/"metrics.jsonl"))) for line in lines]
+    def read(stage): return _decay(stage), _lines(stage/"metrics.jsonl")
+    def whose(done): return {k: done.get(k) for k in ("name", "seed", "hash")}
+    rows = [{"experiment": stage.parent.name, **whose(done), "decay": decay, **line}
+            for stage, done, (decay, lines) in _finished(folder, read) for line in lines]
     return _integers(pd.DataFrame(rows))
 
 # %% ../nbs/12_report.ipynb #97316f28
@@ -85,7 +91,8 @@ def _columns(table, *names):
     for name in names: known(name, list(table.columns), "column")
 
 def _once(table, *keys):
-    "The table, if no two rows have the same `keys`, and one rule of decay; else a ValueError that names the first such."
+    """The table, if no two rows have the same `keys`, and one rule of decay; else a ValueError that
+    names the first such."""
     one_decay(table.get("decay", ()))
     twice = table[table.duplicated(list(keys))]
     if len(twice):

@@ -39,13 +39,14 @@ SOFTMAX = {"after": lambda logits, top: top.values.softmax(1),
 def check_learns(top_k, experts, softmax):
     "ValueError where no gradient of the loss would reach the router."
     if softmax == "before" or not top_k == 1 < experts: return
-    raise ValueError("top_k = 1 with softmax = 'after': the one weight is always 1, so the router would never learn; "
-                     "take softmax = 'before', or top_k = 2")
+    raise ValueError("top_k = 1 with softmax = 'after': the one weight is always 1, so the router would "
+                     "never learn; take softmax = 'before', or top_k = 2")
 
 def softmax_for(top_k): return "before" if top_k == 1 else "after"
 
 def choose(logits, top_k, softmax=None):
-    "Logits (T, E) -> experts (T, k) and their weights (T, k), the softmax `after` or `before` the choice (None: `softmax_for`)."
+    """Logits (T, E) -> experts (T, k) and their weights (T, k), the softmax `after` or `before` the
+    choice (None: `softmax_for`)."""
     top = logits.topk(top_k)
     return top.indices, SOFTMAX[softmax or softmax_for(top_k)](logits, top)
 
@@ -141,7 +142,7 @@ class Gating(Settings):
     experts: PositiveInt = 8
     top_k: int = 2
     noise: NonNegativeFloat = 0.                    # standard deviation in training, in units of 1/E (the V-MoE paper has 1)
-    softmax: Literal["after", "before"] = "after"   # the choice; where it is not given: softmax_for(top_k)
+    softmax: Literal["after", "before"] = "after"   # the choice; by default softmax_for(top_k)
     importance: NonNegativeFloat = 0.               # weight of the importance loss
     load: NonNegativeFloat = 0.                     # weight of the load loss
     z: NonNegativeFloat = 0.                        # weight of the z-loss
@@ -157,7 +158,8 @@ class Gating(Settings):
     def together(self):
         if "softmax" not in self.model_fields_set: self.__dict__["softmax"] = softmax_for(self.top_k)
         if self.priority != "order" and not (self.capacity or self.capacity_eval):
-            raise ValueError(f"priority = {self.priority!r} has no effect: without a capacity there is room for all")
+            raise ValueError(f"priority = {self.priority!r} has no effect: without a capacity there "
+                             "is room for all")
 
     def room(self, tokens, training):
         "How many of `tokens` an expert has room for; None where there is no limit."

@@ -42,7 +42,7 @@ class Training(Settings):
     min_lr: float = Field(1e-5, ge=0)          # per 512 images, at the end of the schedule
     warmup: float = Field(0, ge=0)             # epochs, in whole steps
     schedule: str = "cosine"                   # a key of optimizer.SCHEDULES
-    schedule_options: dict = {}                # timm's; what is in epochs counts from the warm-up's end
+    schedule_options: dict = {}                # timm's; epochs count from the end of the warm-up
     weight_decay: float = Field(0.05, ge=0)
     decay: Literal["all", "matrices"] | None = None  # of which parameters; None: the phase's recipe
     layer_decay: float | None = Field(None, gt=0, lt=1)  # the rate of a layer over that of the next
@@ -69,9 +69,11 @@ class Training(Settings):
         check_schedule(self.schedule, self.schedule_options, self.epochs)
         default = "" if "min_lr" in self.model_fields_set else " (the default)"
         if self.schedule in LOWEST and self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr}{default} is above lr = {self.lr}: the learning rate would rise")
+            raise ValueError(f"min_lr = {self.min_lr}{default} is above lr = {self.lr}: "
+                             "the learning rate would rise")
         if self.schedule not in LOWEST and not default:
-            raise ValueError(f"min_lr = {self.min_lr} has no effect: the {self.schedule} schedule does not end there; leave it out")
+            raise ValueError(f"min_lr = {self.min_lr} has no effect: the {self.schedule} schedule "
+                             "does not end there; leave it out")
 
     def decaying(self, rule):
         "These settings, with the `rule` of what decays where they leave it open."
@@ -88,7 +90,8 @@ class Runtime(Settings):
         for name in self.trackers:
             known(name, LOGGER_TYPE_TO_CLASS, "tracker")
             if name not in [str(t) for t in get_available_trackers()]:
-                raise ValueError(f"tracker {name!r} is not installed: pip install {name}, or leave it out")
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}, "
+                                 "or leave it out")
 
     def resolved(self):
         "The device as text; a ValueError where it is cuda and torch sees no GPU."

@@ -276,7 +276,9 @@ class VMoE(Gating, Model):
         "A new mixture for the block of this number."
         hidden = int(self.width * self.mlp_ratio)
         if self.slots: return SoftMixture(self.width, hidden, self.experts, self.slots, self.equal_experts)
-        with recorded(): return Mixture(self.width, hidden, equal=self.equal_experts, name=f"block {block}", **{k: getattr(self, k) for k in Gating.model_fields})
+        gating = {k: getattr(self, k) for k in Gating.model_fields}
+        with recorded():                                                # what they say together was checked
+            return Mixture(self.width, hidden, equal=self.equal_experts, name=f"block {block}", **gating)
 
     def vit(self, classes, image_size):
         "The whole timm model, not yet cut."
