@@ -37,6 +37,20 @@ class ImageSet:
     ids: torch.Tensor
     split: str
 
+    def __post_init__(self):
+        x, y = self.images, self.labels
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3]:
+            raise ValueError(f"images are {tuple(x.shape)} {x.dtype}: an ImageSet holds (n, 3, S, S) "
+                             "torch.uint8")
+        if not x.shape[0] == len(y) == len(self.ids):
+            raise ValueError(f"{len(x)} images, {len(y)} labels, {len(self.ids)} ids: "
+                             "an image has one of each")
+        if y.dtype != torch.int64 or y.dim() != 1:
+            raise ValueError(f"labels are {tuple(y.shape)} {y.dtype}, not (n,) torch.int64")
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(self.classes):
+            raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but there are "
+                             f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}")
+
     def __len__(self): return len(self.labels)
 
     @property

@@ -118,7 +118,7 @@ def own_batches(batches, settings, device):
         raise TypeError(f"a {type(batches).__name__} gives no batches: expected Batches, or an iterable of "
                         "(images, labels) with a length")
     if not len(batches): raise ValueError("there is no batch to train on: the length is 0")
-    if settings.augment != Augment():
+    if settings.augment not in (Augment(), Augment(flip=0)):                # not given, or off
         raise ValueError("augment is for Batches; batches of your own are as they come: leave it out")
     print("batches of your own: order and augmentation are theirs, and a resumed run is not equal to the bit")
     return Stream(batches, settings.batch_size, device)

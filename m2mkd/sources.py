@@ -69,7 +69,7 @@ class Digits:
 # %% ../nbs/02c_sources.ipynb #4249b092
 IMAGES = ("image", "img", "images", "imgs", "picture", "jpg", "png")
 LABELS = ("label", "labels", "target", "targets", "class", "classes", "fine_label", "fine_labels",
-          "category", "categories", "class_id", "class_label", "label_id", "y")
+          "category", "categories", "class_id", "class_label", "label_id")
 _NO_LABELS = ("id", "ids", "idx", "index", "image_id", "img_id", "width", "height", "size",
               "__index_level_0__")
 _SERVES = {"binary": "image", "large_binary": "image", "string": "name", "large_string": "name", "bool": "name"}
