@@ -91,8 +91,8 @@ class Block(Settings):
     ffn_drop_path: float = Field(0., ge=0, lt=1)
     code_noise: NonNegativeFloat = 0.05
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         if self.drop_path and not self.residual: raise ValueError(f"drop_path = {self.drop_path} needs the residual connection; without one it must be 0")
 
     def head(self, width):

@@ -34,8 +34,8 @@ class KernelSettings(Settings):
     temperature: float | None = 0.5
     evaluate: Literal["expected", "threshold", "sample"] = "expected"
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         self.build()
 
     def build(self): return Kernel(**{k: getattr(self, k) for k in type(self).model_fields})
@@ -285,8 +285,8 @@ class NAC(Model):
     regularisers: tuple[Settings, ...] = ()
     code: Literal["fixed", "learned"] = "fixed"
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         for latents in (self.inputs, self.mediators, self.outputs):
             if latents.prior is None: continue
             if self.kernel.truncation is None and latents.realise_at is None:

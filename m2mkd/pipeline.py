@@ -39,10 +39,10 @@ class Task(Settings):
     train: Data | Given
     test: tuple[Data | Given, ...]
 
-    def __init__(self, **values):
+    def __init__(self, /, *unnamed, **values):
         if "train" in values: values["train"] = Given.of(values["train"])
         if "test" in values: values["test"] = tuple(map(Given.of, _several(values["test"])))
-        super().__init__(**values)
+        super().__init__(*unnamed, **values)
 
     def load(self):
         "(training set, test set); a ValueError if their classes differ or an image is in both."

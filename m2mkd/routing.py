@@ -150,8 +150,8 @@ class Gating(Settings):
     capacity_eval: PositiveFloat | None = None      # factor in evaluation
     priority: Literal["order", "weight"] = "order"  # who gets room first: in the order of the batch, or batch-prioritized
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         check_top_k(self.top_k, self.experts)
         if self.load and not self.noise: raise ValueError(f"load = {self.load}: the load loss needs a router with noise, but noise = 0; V-MoE has 1")
 

@@ -51,8 +51,8 @@ class ConvNeXtStem(Settings):
     positions: NonNegativeInt = 64
     width: PositiveInt | None = None
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         known(self.preset, PRESETS, "preset of the ConvNeXt stem")
 
     def build(self, channels, width, image_size):

@@ -59,8 +59,8 @@ class Training(Settings):
     @classmethod
     def _small(cls, name): return name.lower() if isinstance(name, str) else name
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         if self.batch_size % self.accumulate: raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         if self.warmup >= self.epochs and self.warmup: raise ValueError(f"warmup {self.warmup} must be shorter than epochs {self.epochs}")
 

@@ -253,8 +253,8 @@ class VMoE(Gating, Model):
     qkv_bias: bool = True
     norm_eps: PositiveFloat = 1e-6
 
-    def __init__(self, **values):
-        super().__init__(**values)
+    def __init__(self, /, *unnamed, **values):
+        super().__init__(*unnamed, **values)
         check_depths(self.depths, self.blocks)
         if self.width % self.heads: raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         positions_of(self.mixtures, self.blocks)

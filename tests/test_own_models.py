@@ -65,7 +65,7 @@ def test_pretrained_teacher_and_own_images_of_the_text(tmp_path):
     split = code_in_text("per_class").replace("/data/my-set", str(tmp_path/"my-set")).replace("80", "48").replace("100", "64")
     rules = code_in_text("def rules").replace("class ConvNet(Model):\n    ...", "class Fitting(ConvNet):")
     two = "two = pipeline.Task(train=task.train.but(classes=2), test=(task.test[0].but(classes=2),))\n"
-    two += 'lab.finetune("two", Fitting(), [lab.end_to_end("three", Fitting(), task, training(1))], two, training(1))'
+    two += 'lab.finetune("two", Fitting(), [lab.end_to_end("three", Fitting(), task, training(1))], two, training(2))'
     nb = nbformat.read(NOTEBOOK, 4)
     end = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and "def training" in c.source)
     nb.cells = nb.cells[:end + 1] + [nbformat.v4.new_code_cell(s) for s in ("lab.floor = 0", block, split, rules, two)]
