@@ -155,10 +155,13 @@ def _unlike(key, old, own):
         return f"{key} is {_kind(old)} in it, {_kind(own)} here"
     if old.is_meta and not own.is_meta: return f"{key} has a shape and no numbers in it (meta)"
 
-def _broken(x):
-    "Whether a floating-point tensor holds NaN or infinity."
+def _broken(x, own):
+    "Whether a floating-point tensor holds NaN, or an infinity that the model itself has not there."
     if x.is_meta or not (x.is_floating_point() or x.is_complex()): return False
-    return not (x.float() if x.element_size() == 1 else x).isfinite().all()
+    x = x.float() if x.element_size() == 1 else x
+    bad = ~x.isfinite()
+    if bad.any() and not own.is_meta: bad &= x != own.to(x)
+    return bool(bad.any())
 
 def differences(state, own):
     "All that keeps `state` from being loaded as `own` ({name: tensor}), in one sentence; or None."
@@ -167,7 +170,7 @@ def differences(state, own):
              "unknown: ": [k for k in state if k not in own]}
     said = [f"{kind}{first(names)}" for kind, names in kinds.items() if names]
     if said: return "checkpoint of another model: " + "; ".join(said)
-    broken = [k for k in own if _broken(state[k])]
+    broken = [k for k in own if _broken(state[k], own[k])]
     if broken: return f"damaged checkpoint: NaN or infinity in {first(broken)}"
 
 def load(module, state, rules=()):

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from .core import Settings, known, seeded
-from .train import Phase, full, soft_cross_entropy, with_auxiliary
+from .phase import Phase, full, soft_cross_entropy, with_auxiliary
 
 # %% ../nbs/08_distill.ipynb #9b89d740
 def soft_distillation(student_logits, teacher_logits, tau, reduction):
@@ -101,6 +101,8 @@ def match_modules(host, modules):
 
 def paired(host, modules, settings, seed, match=match_nothing, fixed=(), name="module"):
     "The phase that trains `modules` {i: module}, each in place of link i of the frozen `host`; their names are `name`-i."
+    if not isinstance(modules, dict):
+        raise TypeError(f"modules is a {type(modules).__name__}: expected {{index: module}}")
     names = {i: f"{name}-{i}" for i in modules}
     if (bad := [i for i in modules if i not in range(len(host))]): raise IndexError(f"module index {bad[0]} is outside 0..{len(host) - 1}")
 

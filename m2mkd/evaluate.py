@@ -83,6 +83,10 @@ def _result(name, logits, labels):
 # %% ../nbs/09_evaluate.ipynb #79a89141
 def evaluate_all(models, batches):
     "{name: Result} of {name: model} over batches of (images (B,3,H,W), labels (B,)); reads each batch once. Keeps n x C floats a model."
+    for name, model in models.items():
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model {name!r} is a {type(model).__name__}: expected an nn.Module "
+                            "(settings give one by build(classes, image_size))")
     logits, labels = {name: [] for name in models}, []
     with evaluating(*models.values()):
         for b, (x, y) in enumerate(batches):

@@ -33,7 +33,11 @@ def soft_cross_entropy(logits, y):
     """Mean over the images (nats), in float32 at least, for logits (B, C) and soft targets (B, C),
     or class numbers (B,) below C."""
     classes = logits.shape[-1]
-    if y.dim() == 1:
+    numbers = y.dim() == 1 and not (y.is_floating_point() or y.dtype == torch.bool)
+    if not numbers and y.shape != logits.shape:
+        raise ValueError(f"labels {tuple(y.shape)} {y.dtype} for logits {tuple(logits.shape)}: expected "
+                         f"class numbers ({len(logits)},) or soft targets {tuple(logits.shape)}")
+    if numbers:
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels {low} to {high}, but the model has {classes} logits")

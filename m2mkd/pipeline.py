@@ -218,10 +218,10 @@ class Lab:
     def images(self, task: TASK):
         "(training set, test set) of a task on the device, loaded once."
         if task not in self.sets:
-            with stopping("loading images"): train, test = task.load()
-            if len(train.classes) < 2:
-                raise ValueError(f"the task has one class, {train.classes[0]!r}: nothing to learn")
             with stopping("loading images"):
+                train, test = task.load()
+                if len(train.classes) < 2:
+                    raise ValueError(f"the task has one class, {train.classes[0]!r}: nothing to learn")
                 self.sets[task] = *(s.to(self.runtime.resolved()) for s in (train, test)), hash_of(digest(train), digest(test))
         return self.sets[task][:2]
 

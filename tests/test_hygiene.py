@@ -24,7 +24,7 @@ FLOORS = {name: floor for floor, names in enumerate((
 BESIDE = dict(
     core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
-    train={"phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
+    train={"arguments", "phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
     convert={"convert_nac"})
 
 

@@ -3,13 +3,15 @@ import os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
+from torch import nn
 
 from m2mkd import folder as folders
+from m2mkd.chain import load as load_strictly
 from m2mkd.core import seeded
 from m2mkd.data import Augment, Batches, load, whole_split
 from m2mkd.evaluate import evaluate
 from m2mkd.folder import Folder
-from m2mkd.train import Phase, Runtime, Training, end_to_end, train
+from m2mkd.train import Phase, Runtime, Training, end_to_end, soft_cross_entropy, train
 from m2mkd.vit import ViT
 
 TINY = ViT(depths=(1, 1), options=dict(embed_dim=8, num_heads=2, patch_size=4, drop_path_rate=0.2))
@@ -345,3 +347,36 @@ def test_unknown_device():
 def test_unknown_tracker(run, tmp_path):
     with pytest.raises(ValueError) as e: run("one", runtime=Runtime(device="cpu", trackers=("tensorbord",)))
     assert "tensorbord" in str(e.value) and "tensorboard" in str(e.value)
+
+
+# --- what a call of the loop takes ---
+
+@pytest.mark.parametrize("labels", [torch.zeros(4, 1, dtype=torch.long), torch.rand(4), torch.ones(4, dtype=torch.bool), torch.rand(4, 11)], ids=["column", "fractions", "booleans", "other classes"])
+def test_labels_that_are_no_classes_and_no_shares(labels):
+    with pytest.raises(ValueError, match=r"class numbers \(4,\) or soft targets \(4, 10\)"): soft_cross_entropy(torch.randn(4, 10), labels)
+
+
+def test_numbers_and_shares_of_classes_are_one_loss():
+    z, y = torch.randn(4, 10), torch.tensor([0, 9, 3, 3])
+    assert torch.equal(soft_cross_entropy(z, y), soft_cross_entropy(z, nn.functional.one_hot(y, 10).float()))
+
+
+def test_train_says_what_it_takes(tmp_path):
+    model, settings = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), Training(epochs=1, batch_size=4)
+    phase = end_to_end(model, 0)
+    for wrong, said in (((model, [], settings, {"model": tmp_path}), "phase is an nn.Module .*end_to_end"), ((phase, [], {}, {"model": tmp_path}), "settings is .*a Training"),
+                        ((phase, [], settings, tmp_path), "folders is .*{name: folder}")):
+        with pytest.raises(TypeError, match=said): train(*wrong)
+    with pytest.raises(ValueError, match="folders are for mdel, but what trains is model"): train(phase, [], settings, {"mdel": tmp_path})
+
+
+def test_a_mask_of_infinities_is_no_damage():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    state = Masked().state_dict()
+    assert load_strictly(Masked(), state) == []
+    with pytest.raises(ValueError, match="damaged checkpoint: NaN or infinity in mask"): load_strictly(Masked(), state | {"mask": torch.full((2, 2), torch.inf)})
+    with pytest.raises(ValueError, match="damaged checkpoint: NaN or infinity in weight"): load_strictly(Masked(), state | {"weight": torch.tensor([1., torch.nan])})
