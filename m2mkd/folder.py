@@ -20,8 +20,8 @@ from .products import rule
 # %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
     here = Path(importlib.util.find_spec("m2mkd").origin).parent
-    try: said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
-    except OSError: return None                                # there is no git here
+    try: said = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired): return None   # no git here, or one that hangs
     return said.stdout.strip() if said.returncode == 0 else None
 
 @functools.cache
@@ -236,7 +236,7 @@ class Folder:
         """The state dict of model.safetensors; an error names a file that is missing, damaged, or not the one that the stage
         was done with."""
         file = self/"model.safetensors"
-        if not file.exists(): raise FileNotFoundError(f"{file} is missing: weights are not part of the repository; run the stage again to make them")
+        if not file.is_file(): raise FileNotFoundError(f"{file} is missing: weights are not part of the repository; run the stage again to make them")
         try: state = load_file(file)
         except SafetensorError as e: raise ValueError(f"{file} is damaged: {e}") from None
         wanted = self.mark()["sums"].get(file.name) if (self/"done.json").exists() else None
