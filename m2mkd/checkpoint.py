@@ -32,7 +32,8 @@ def _start(path):
     if not path.is_file(): raise FileNotFoundError(f"checkpoint {path} is missing")
     with path.open("rb") as f: start = f.read(256)
     if not start: raise ValueError(f"checkpoint {path} is empty (0 bytes): copy it again")
-    for pattern, said in NO_WEIGHTS.items():
+    safetensors = start[4:9] == b"\0\0\0\0{"       # the header's length, then it: no text
+    for pattern, said in () if safetensors else NO_WEIGHTS.items():
         if re.match(pattern.encode(), start): raise ValueError(f"checkpoint {path} {said}")
     return start
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .chain import Stitch, assemble, differences, renew
-from .checkpoint import agreed, joined, opened, read, unwrap
+from .checkpoint import agreed, configuration, joined, opened, read, unwrap
 from .convert_nac import student_from_published, nac_from_published
 from .core import known
 from .vit import Model, resize_position, say
@@ -40,8 +40,8 @@ NAMES = dict(
 NAMES |= {name.replace("vmoe", "vmoe_student"): NAMES[name] for name in NAMES if name.startswith("vmoe")}
 
 def published_settings(settings):
-    "Published constructor arguments, or `model_name` and what differs -> (VMoE settings, number of classes, image size in pixels)."
-    settings = dict(settings)
+    "Published constructor arguments, or `model_name` and what differs (or their YAML file) -> (VMoE settings, number of classes, image size in pixels)."
+    settings = dict(configuration(settings))
     name = settings.pop("model_name", None)
     for key in settings: known(key, DEFAULTS | STUDENT, "setting of a published model")
     s = DEFAULTS | (NAMES[known(name, NAMES, "published model")] if name is not None else {}) | settings
@@ -209,13 +209,13 @@ def vmoe_from_published(state_dict, settings):
     or checkpoint, and its constructor's settings; strict, in the precision of the state. A student module
     (`model_name="vmoe_student_base"`, or `idx`) becomes Sequential(before, module, after), without the stitch
     layers that it has not."""
-    return _converted(opened(state_dict), settings)
+    return _converted(opened(state_dict), configuration(settings))
 
 # %% ../nbs/10_convert.ipynb #54185402
 def vit_from_published(state_dict, settings=None):
     """The chain of a ViT from Deep-Incubation's published code (a state, `model` or `model_stages`), or, from a file of a single module, this module.
     `settings`: its constructor's, or `model_name` and `divided_depths`; a single module's file has these itself."""
-    settings = settings or {}
+    settings = {} if settings is None else configuration(settings)
     for key in ("moe_pos", "num_expert", "top_k"):
         if key in settings: raise ValueError(f"{key} = {settings[key]!r}: a plain ViT has no mixtures; take vmoe_from_published")
     return _converted(opened(state_dict), settings)

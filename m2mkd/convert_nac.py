@@ -290,6 +290,9 @@ def _stitches(checkpoint):
 
 def _which(module, sections, told, names):
     "The kind of a student module: asked for, told by the checkpoint, or the only one configured."
+    if isinstance(module, bool) or not isinstance(module, (str, int, type(None))):
+        raise ValueError(f"module = {module!r}: expected {', '.join(map(repr, ALONE))}, or a "
+                         "number among the pairs (0, ..., -1)")
     numbered = "mediator" if type(module) is int else module
     asked = module if module in ALONE else {0: "readin", -1: "readout"}.get(module, numbered)
     kind = asked or told or (sections[0] if len(sections) == 1 else None)

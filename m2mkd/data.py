@@ -146,8 +146,8 @@ def _cache(path, images):
             np.save(f, images.numpy())
             f.write(_sum(images.numpy()))
     except OSError as e:
-        print(f"the decoded images are not kept: {path.parent} cannot be written ({e.strerror}); "
-              "set $M2MKD_CACHE to a folder that can")
+        print(f"the decoded images are not kept: {e.strerror or e}; set $M2MKD_CACHE to a folder "
+              "that can be written")
 
 def _decode_all(source, rows, size, crop):
     "Decode the rows of a source, a few hundred at a time, on all cores."
@@ -236,6 +236,9 @@ class Data(Settings):
 def load(what, root=None, **others):
     """The images of a data set: of its name, its folder (a Path), or a set that is an object (see given);
     `others` are fields of `Data`. A TypeError says what may be given."""
+    if "name" in others and not isinstance(what, Data):
+        raise ValueError(f"name = {others['name']!r}: what is loaded says its name, "
+                         "leave it out")
     if isinstance(what, str): return Data(name=what, root=root, **others).load()
     if root is not None: raise ValueError(f"root goes with a name, and {type(what).__name__} is a set already")
     if isinstance(what, Path): return Data(name=what.absolute().name, root=what, **others).load()
@@ -243,11 +246,14 @@ def load(what, root=None, **others):
     if isinstance(what, Given): return load(what.load(), **others)
     if hasattr(what, "batches") and not others: return what
     settings = Data(name="the given set", **others)
-    if hasattr(what, "batches"): return _part(what, settings)
+    if hasattr(what, "batches"): return _part(what, settings, others.get("split"))
     return settings.of(open_given(what, others.get("split"), settings.choice()))
 
-def _part(images, settings):
-    "The part of an `ImageSet` that the settings choose."
+def _part(images, settings, split=None):
+    "The part of an `ImageSet` that the settings choose; a ValueError if `split` is not its split."
+    if split not in (None, images.split):
+        raise ValueError(f"split = {split!r}: the set given is split {images.split!r} already; "
+                         "load the other from where it came from")
     if not isinstance(images, ImageSet):
         raise ValueError("of a set in files choose classes and images by Data, before it is loaded")
     pairs = list(zip(images.images.cpu(), images.labels.tolist()))

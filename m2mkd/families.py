@@ -280,13 +280,17 @@ def _hub():
     try: yield
     finally: constants.HF_HUB_OFFLINE = before
 
-def create(name, pretrained=False, **options):
-    """The timm model `name`, with timm's weights if `pretrained`. ValueError for an unknown name or
-    option and a name without weights, FileNotFoundError for weights that cannot be had here."""
+def _check_name(name):
+    "ValueError for a name, or the tag after its dot, that timm does not know."
     base, _, tag = name.partition(".")
     known(base, timm.list_models(), "timm model")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{base}.*")]
     if tag: known(tag, tags, f"pretrained tag of {base}")
+
+def create(name, pretrained=False, **options):
+    """The timm model `name`, with timm's weights if `pretrained`. ValueError for an unknown name or
+    option and a name without weights, FileNotFoundError for weights that cannot be had here."""
+    _check_name(name)
     instead = "give checkpoint= a local file of the whole timm model"
     if not pretrained:
         try: return timm.create_model(name, **options)
@@ -315,14 +319,19 @@ def check_size(model, image_size):
                          f"{type(model).__name__}: use larger images, or where timm has it "
                          "options={'output_stride': 8}")
 
+def _is_table(x):
+    squares = len(x) - 3 if torch.is_tensor(x) and x.dim() == 2 else 0
+    return squares > 1 and squares % 2 == 1 and math.isqrt(squares)**2 == squares
+
 def resize_bias(old, own):
-    "Rule: a BEiT's relative position biases ((2S-1)^2 + 3, heads), resampled to another S."
-    if old is None:
-        raise ValueError("checkpoint of another model: a relative_position_bias_table is missing")
+    """Rule: a BEiT's relative position biases ((2S-1)^2 + 3, heads), resampled to another S. What is
+    no such table, or of another width, is handed back."""
+    if not all(map(_is_table, (old, own))) or old.shape[1] != own.shape[1]: return old
     side = (math.isqrt(len(own) - 3) + 1) // 2
     return resize_rel_pos_bias_table(old, (side, side), own.shape)
 
 def classifiers(name):
-    "The names of the classifiers of a timm model, as in its state."
+    "The names of the classifiers of a timm model, as in its state; ValueError for an unknown name."
+    _check_name(name)
     found = timm.get_pretrained_cfg(name).classifier
-    return (found,) if isinstance(found, str) else tuple(found)
+    return (found,) if isinstance(found, str) else tuple(found or ())

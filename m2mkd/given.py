@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .augment import Augment, normalise
-from .pixels import from_array, to_rgb
+from .pixels import decode, from_array
 from .sources import Choice, classes_of, open_split, table_splits_of
 
 # %% ../nbs/02f_given.ipynb #cf01bab7
@@ -28,8 +28,7 @@ def _pair(item, where):
     try: label = operator.index(label.item() if scalar else label)
     except TypeError: raise ValueError(f"{where}: label {str(label)[:40]} is no whole number") from None
     if not hasattr(image, "convert"): image = from_array(image, where, torch.is_tensor(image))
-    try: return to_rgb(image), label
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    return decode(image, where), label
 
 def _names(pairs):
     "The class names of a set or of the set it is a part of, or None."
@@ -112,7 +111,11 @@ class Stream:
 
 def own_batches(batches, settings, device):
     "`batches` if they are `Batches`; else any iterable of (images, labels) with a length as such, and a line what that costs."
-    if hasattr(batches, "epoch"): return batches
+    if callable(getattr(batches, "epoch", None)):
+        size = getattr(batches, "batch_size", settings.batch_size)
+        if size == settings.batch_size: return batches
+        raise ValueError(f"the batches are of {size} images, but batch_size = "
+                         f"{settings.batch_size}, by which the learning rate goes: make them equal")
     iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if not iterable or not hasattr(batches, "__len__") or isinstance(batches, _NO_SET):
         raise TypeError(f"a {type(batches).__name__} gives no batches: expected Batches, or an iterable of "

@@ -88,7 +88,12 @@ def full(tree, at):
 # %% ../nbs/02d_layouts.ipynb #8877fd3f
 LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-00004.parquet, "
            "data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
-_PLAIN = {"images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "jpegs"}   # no class
+_PLAIN = {"images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "jpegs",
+          "annotations", "annotation", "labels", "masks", "trimaps", "bboxes", "groundtruth",
+          "ground_truth", "segmentations", "segmentationclass", "segmentationobject"}                     # no class
+_OTHER = {"holdout", "eval", "evaluation", "extra", "unlabeled", "unlabelled"}   # splits of no kind
+
+def _plain(names): return [n for n in names if n.lower() in _PLAIN]
 
 class Unlabelled(ValueError):
     "A split has images and no labels."
@@ -106,15 +111,25 @@ def image_splits(tree, own):
     inner = full(tree, at)
     named, flat = [s for s in inner if kind(s)], [s for s in inner if not full(tree, (*at, s))]
     classes = len(named) == 1 < len(inner) == len(flat)              # one of several may be called train
+    others = [s for s in inner if s not in named and (len(inner) == 2 or s.lower() in _OTHER)]
+    if classes and others:
+        raise ValueError(f"{named[0]} and {others[0]} in {'/'.join((own, *at))} both hold images "
+                         "only: are they classes, or splits without classes? Put classes into a "
+                         "folder train, and splits without classes out of the way")
     if named and not classes: return {s: (*at, s) for s in inner}
     return {own if kind(own) else "train": at} if inner else {}
 
 def _class_folders(tree, at, path):
     "The classes of the folder `at`, after what could be read in two ways has been refused."
     inner, stray = full(tree, at), loose(tree, at)
-    if not inner or inner[0].lower() in _PLAIN and len(inner) == 1:
+    plain = _plain(inner)
+    if not inner or plain == inner and len(inner) == 1:
         what = "images but no subfolder for each class" if inner or stray else "no image"
         raise Unlabelled(f"{path} holds {what}{LAYOUTS}")
+    if plain:
+        beside = next(n for n in inner if n != plain[0])
+        raise ValueError(f"{path}: {plain[0]} beside {beside} is no name of a class, and both hold "
+                         f"images: put the images of each class into a folder of its name{LAYOUTS}")
     if stray:
         raise ValueError(f"{path}: {len(stray)} images ({stray[0]}) lie beside the class folders "
                          f"({inner[0]}) and have no class: move them away")
@@ -131,7 +146,7 @@ def _class_folders(tree, at, path):
 
 def _annotated(tree, at, path, lists):
     "[(image, class)] by a list of image TAB class, as in Tiny-ImageNet's val_annotations.txt."
-    sources = [*lists, *(s for s in full(tree, at) if s not in _PLAIN)]
+    sources = [*lists, *(s for s in full(tree, at) if s.lower() not in _PLAIN)]
     if len(sources) > 1:
         raise ValueError(f"{path}: {sources[0]} and {sources[1]} both say what the classes are; keep one")
     file = path/lists[0]
@@ -150,10 +165,10 @@ def labelled(folder, tree, at):
     subfolders without images."""
     path = Path(folder, *at)
     lists, inner = [f for f in tree[at] if f.endswith("_annotations.txt")], full(tree, at)
-    if lists and (set(inner) & _PLAIN or loose(tree, at)): return _annotated(tree, at, path, lists), []
+    if lists and (_plain(inner) or loose(tree, at)): return _annotated(tree, at, path, lists), []
     down = descend(tree, at)
     classes = _class_folders(tree, down, Path(folder, *down))
-    empty = [s for s in subfolders(tree, down) if s not in classes and not (lists and s in _PLAIN)]
+    empty = [s for s in subfolders(tree, down) if s not in classes and not (lists and _plain([s]))]
     return [(f, name) for name in classes for f in images(tree, (*down, name))], empty
 
 # %% ../nbs/02d_layouts.ipynb #2764dc3f

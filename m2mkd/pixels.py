@@ -14,8 +14,10 @@ from PIL import Image, ImageOps
 
 # %% ../nbs/02e_pixels.ipynb #d1c884bf
 def _sixteen(image):
-    "Gray of 16 bits -> 8 bits: 257 k becomes k."
-    return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    "Gray of 16 bits -> 8 bits: 257 k becomes k; its transparent value, if it has one, white."
+    values = np.asarray(image).astype(np.int64)
+    if isinstance(clear := image.info.get("transparency"), int): values[values == clear] = 65535
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 def _on_white(image):
     image = image.convert("RGBA")

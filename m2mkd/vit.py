@@ -66,23 +66,40 @@ def _new_heads(state, own, heads):
     def lacks(k): return k not in state or state[k].shape != own[k].shape
     return [k for group in groups if any(map(lacks, group)) for k in group]
 
-def say(what, new, resized):
+def say(what, new, resized, counted=()):
     "One line on what is not as the file or the pretrained model has it, if anything."
-    kinds = {"new": new, "resized": resized}
+    kinds = {"new": new, "resized": resized, "counters made whole numbers, or new": counted}
     said = [f"{how}: {', '.join(keys)}" for how, keys in kinds.items() if keys]
     if said: print(f"{what}: {'; '.join(said)}")
 
 GRIDS = [(r"pos_embed$", resize_position), (r"relative_position_bias_table$", resize_bias)]
 
+_COUNTER = ".num_batches_tracked"
+
+def _counters(state, own):
+    """The counters of BatchNorm in `own` that `state` lacks beside the statistics they count (files
+    older than they are), or has as floats: as whole numbers, 0 where there are none."""
+    found = {}
+    for key in (k for k in own if k.endswith(_COUNTER)):
+        counts = key.removesuffix(_COUNTER) + ".running_mean" in state
+        old = state.get(key, own[key].new_zeros((), dtype=torch.float) if counts else None)
+        whole = old is not None and old.is_floating_point() and bool((old % 1 == 0).all())
+        if whole: found[key] = old.to(own[key].dtype)
+    return found
+
 def fill(model, checkpoint, heads, what):
-    """Load a checkpoint into `model` strictly, but for its position grids and the classifiers
-    `heads`; says what is new or resized. A ValueError says how `what` is not this model's."""
+    """Load a checkpoint into `model` strictly, but for its position grids, BatchNorm's counters and
+    the classifiers `heads`; says what is new or resized. A ValueError says how `what` is not this
+    model's."""
     own, classifier = model.state_dict(), tuple(f"{head}." for head in heads)
     try:
-        state = unwrap(checkpoint, [k for k in own if not k.startswith(classifier)])
+        state = unwrap(checkpoint, [k for k in own if not k.startswith(classifier)
+                                    and not k.endswith(_COUNTER)])
+        counted = _counters(state, own)
+        state = state | counted
         new = _new_heads(state, own, heads)
         rules = [(f"^{re.escape(k)}$", renew) for k in new] + GRIDS
-        say(what, new, [k for k in load(model, state, rules) if k not in new])
+        say(what, new, [k for k in load(model, state, rules) if k not in new], counted)
     except ValueError as e: raise ValueError(f"{what}: {e}") from None
 
 def from_jax(state, vit, path):
@@ -90,7 +107,7 @@ def from_jax(state, vit, path):
     what it does not hold."""
     names = state if path.endswith(".npz") else ()
     blocks = {m[1] for k in names if (m := re.search(r"Transformer/encoderblock_(\d+)/", k))}
-    if not blocks: return state
+    if not blocks or not hasattr(vit, "blocks"): return state
     if len(blocks) != len(vit.blocks):
         raise ValueError(f"checkpoint {path}: {len(blocks)} blocks (encoderblock_0, ...) for a "
                          f"model of {len(vit.blocks)}")
@@ -135,18 +152,24 @@ class Timm(Model):
     checkpoint: str | None = None
     options: dict = {}
 
+    def together(self):
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError(f"pretrained = True and checkpoint = {self.checkpoint!r} both say "
+                             "where the weights come from: give one of them")
+
     def vit(self, classes, image_size):
         "The whole timm model, not yet cut; ValueError for unknown names and options, unfit images."
         if (bad := {"img_size", "num_classes"} & {*self.options}):
             raise ValueError(f"options: {min(bad)} comes with the images, leave it out")
-        state = read(self.checkpoint) if self.checkpoint is not None else None
+        file = self.checkpoint
+        state = read(file) if file is not None else None
         made = {"img_size": image_size, "depth": sum(self.depths)} if is_vit(self.name) else {}
-        if self.pretrained or self.checkpoint: made.pop("depth", None)
+        if self.pretrained or file is not None: made.pop("depth", None)
         vit = create(self.name, self.pretrained, num_classes=classes, **{**made, **self.options})
         check_size(vit, image_size)
-        heads, file = classifiers(self.name), self.checkpoint
+        heads = classifiers(self.name)
         if self.pretrained and vit.pretrained_cfg["num_classes"] != classes: say(self.name, heads, ())
-        if state is not None: fill(vit, from_jax(state, vit, file), heads, f"checkpoint {file}")
+        if file is not None: fill(vit, from_jax(state, vit, file), heads, f"checkpoint {file}")
         return with_linear(vit)
 
     def build(self, classes, image_size):

@@ -391,3 +391,62 @@ def test_the_published_file_of_a_circuit(tmp_path):
 def test_what_published_names_stand_for():
     model, classes, pixels = published_settings(dict(model_name="vmoe_student_base", divided_depths=[3], moe_pos=[0, 1, 2]))
     assert (model.width, model.positions, classes, pixels) == (768, (0, 1, 2), 1000, 224)
+
+
+# --- nothing, and two things ---
+
+def test_a_file_that_holds_nothing_is_no_teacher(tmp_path):
+    fails(lambda: built(tmp_path/"none.pth", {"model": None}), "no checkpoint")
+    torch.save(None, tmp_path/"none.pth")
+    fails(lambda: built(tmp_path/"none.pth"), "none.pth", "no checkpoint", "not a NoneType")
+    file = str(tmp_path/"none.pth")
+    published = PublishedViT(name="deit_tiny_patch16_224", depths=(1, 1), checkpoint=file)
+    fails(lambda: published.build(10, 32), "none.pth", "no checkpoint", "not a NoneType")
+
+def test_weights_come_from_one_place():
+    fails(lambda: ViT(depths=(1, 1), pretrained=True, checkpoint="x.pth"),
+          "pretrained = True", "'x.pth'", "give one of them")
+
+@pytest.mark.parametrize("second", ["{", "<", "["])
+def test_a_safetensors_file_whose_header_is_as_long_as_text_begins(tmp_path, second):
+    length = int.from_bytes(f" {second}".encode(), "little")
+    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path/"x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + np.float32(2).tobytes())
+    assert read(path)["x"].tolist() == [2]
+    path.write_text('{"net": {"a": 1}}')
+    fails(lambda: read(path), "is text (JSON)")
+
+def test_counters_of_batch_norm_of_other_times(tmp_path, capsys):
+    from m2mkd.vit import Timm
+    with seeded(0, "net"): state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    counters = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}
+    def net(changed):
+        torch.save({k: v for k, v in changed.items() if v is not None}, tmp_path/"net.pth")
+        model = Timm(name="test_resnet", depths=(1, 1), checkpoint=str(tmp_path/"net.pth"))
+        return model.vit(3, 32).state_dict()
+    assert equal(net(state), state) and not capsys.readouterr().out
+    for other, count in ((None, 0), (torch.tensor(7.), 7)):
+        found = net(state | dict.fromkeys(counters, other))
+        assert equal(found, state | {k: torch.tensor(count) for k in counters})
+        assert "whole numbers, or new: " + next(iter(counters)) in capsys.readouterr().out
+    for odd in (0.5, np.nan, np.inf):
+        changed = state | dict.fromkeys(counters, torch.tensor(odd))
+        fails(lambda: net(changed), "num_batches_tracked")
+
+def test_published_settings_from_a_file(tmp_path):
+    options = dict(model_name="vmoe_base", divided_depths=[1, 1], embed_dim=16, num_heads=2,
+                   num_classes=3, img_size=32)
+    (tmp_path/"c.yaml").write_text(yaml.safe_dump(options))
+    model, classes, size = published_settings(options)
+    assert published_settings(tmp_path/"c.yaml") == (model, classes, size)
+    state = to_published(model.build(classes, size))
+    one, two = (vmoe_from_published(state, s).state_dict() for s in (tmp_path/"c.yaml", options))
+    assert equal(one, two)
+    for f in (published_settings, lambda x: vmoe_from_published(state, x)):
+        fails(lambda: f(None), "is a NoneType, not options by name")
+
+@pytest.mark.parametrize("module", [[0], True, False, 1.5, {}])
+def test_a_student_module_is_named_or_numbered(module):
+    fails(lambda: student_from_published(STATE, {"readin": {}}, module=module),
+          f"module = {module!r}", "'mediator'", "number")

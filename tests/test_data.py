@@ -163,6 +163,14 @@ def test_a_cache_that_cannot_be_written(hub_layout, tmp_path, monkeypatch, capsy
     assert len(load("tiny-imagenet", hub_layout)) == 60
     said = capsys.readouterr().out
     assert "not kept" in said and str(tmp_path/"file") in said and said.count("\n") == 1
+    assert said.count("cannot be written:") == said.count(str(tmp_path/"file"/"cache"/"tiny")) == 1
+
+def test_an_exception_without_a_word_is_named_by_its_kind(hub_layout, monkeypatch):
+    def silent(*_): raise ValueError
+    monkeypatch.setattr(sources.pq, "ParquetFile", silent)
+    with pytest.raises(ValueError, match="no parquet file of this data set: ValueError$"):
+        load("tiny-imagenet", hub_layout)
+    assert [sources.first_line(e) for e in (KeyError(), OSError("\na\nb"))] == ["KeyError", "a"]
 
 def test_real_tiny_imagenet():
     if not REAL.exists() and not os.environ.get("M2MKD_REQUIRE_DATA"): pytest.skip("no ../shared/tiny-imagenet")

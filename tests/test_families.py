@@ -282,3 +282,21 @@ def test_a_convnet_teaches(tmp_path):
     assert any("running_mean" in k for k in meta.state())
     again = load(meta.path)
     assert all(torch.equal(v, meta.state()[k]) for k, v in again.state_dict().items())
+
+@pytest.mark.parametrize("name", ["vit_tny_patch16_224", "vit_base_patch16_224_in21k",
+                                  "resnet18.nowhere", ""])
+def test_a_name_that_timm_does_not_know_has_no_classifiers(name):
+    rules = lambda n: Timm(name=n, depths=(1,)).rules()
+    for what in (families.create, families.classifiers, rules):
+        assert repr(name.partition(".")[2] or name) in refused(ValueError, what, name)
+
+def test_a_model_without_blocks_takes_no_jax_vit_and_bias_tables_are_resized_only_if_they_are():
+    from m2mkd.vit import from_jax
+    state = {"Transformer/encoderblock_0/x": torch.zeros(1)}
+    assert from_jax(state, timm.create_model("test_resnet"), "x.npz") is state
+    own, table = torch.zeros(7**2 + 3, 2), torch.randn(5**2 + 3, 2)
+    assert families.resize_bias(table, own).shape == own.shape
+    rows = [torch.zeros(n, 2) for n in (2, 4, 4**2 + 3)]
+    for odd in (None, torch.zeros(()), table[:, :1], table[:-1], table[None], *rows):
+        assert families.resize_bias(odd, own) is odd
+    assert families.resize_bias(table, torch.zeros(7**2, 2)) is table

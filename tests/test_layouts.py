@@ -407,3 +407,62 @@ def test_the_ways_to_give_a_set_that_own_models_shows(tmp_path):
     exec(loader.replace("64", "4"), dict(torch=torch, your_set=tensors(), train=train, end_to_end=end_to_end, Training=Training,
          bare_meta=Net(), P=type("P", (), {"seed": 0}), folder=tmp_path))
     assert (tmp_path/"own"/"done.json").exists()
+
+
+# --- what is no class, and what may be two things ---
+
+@pytest.mark.parametrize("files, plain", [
+    (("images/0.png", "annotations/trimaps/0.png"), "annotations"),
+    (("Images/0.png", "Masks/0.png"), "Images"),
+    (("VOC/JPEGImages/0.png", "VOC/SegmentationClass/0.png"), "JPEGImages"),
+    (("images/0.png", "crow/0.png", "owl/0.png"), "images"),
+    (("train/images/0.png", "train/labels/0.png", "val/images/0.png"), "images")])
+def test_folders_of_pictures_and_masks_are_no_classes(tmp_path, files, plain):
+    put(tmp_path/"d", *files)
+    fails(lambda: load("d", tmp_path/"d"), plain, "no name of a class", "each class into a folder")
+
+def test_a_list_of_classes_goes_with_images_in_any_case(tmp_path):
+    put(tmp_path/"d", "train/a/0.png", "train/b/0.png", "val/Images/0.png", "val/Images/1.png")
+    (tmp_path/"d"/"val"/"val_annotations.txt").write_text("0.png\ta\n1.png\tb\n")
+    assert load("d", tmp_path/"d", split="val").labels.tolist() == [0, 1]
+
+@pytest.mark.parametrize("files", [
+    ("train/0.png", "holdout/0.png"), ("train/0.png", "eval/0.png"),
+    ("set/train/0.png", "set/eval/0.png"), ("train/0.png", "holdout/0.png", "more/0.png")])
+def test_a_flat_split_beside_another_flat_folder_may_be_two_things(tmp_path, files):
+    put(tmp_path/"d", *files)
+    fails(lambda: load("d", tmp_path/"d"), "train and " + files[1].split("/")[-2], "or splits")
+
+
+# --- objects ---
+
+def test_a_loaded_set_is_one_split_and_has_its_name():
+    digits = load("digits", classes=2, per_class=4)
+    fails(lambda: load(digits, split="test"), "split = 'test'", "'train' already")
+    assert len(load(digits, split="train", per_class=2)) == 4
+    for what in (digits, Path("d"), [(picture(0), 0)], "digits"):
+        fails(lambda: load(what, name="x"), "name = 'x'")
+
+def test_a_picture_of_a_given_set_is_upright():
+    notes, wide, buffer = Image.Exif(), picture(0, 8), io.BytesIO()
+    notes[0x0112] = 3
+    wide.save(buffer, "PNG", exif=notes)
+    turned = load([(Image.open(buffer), 0), (wide, 1)], image_size=8)
+    assert torch.equal(turned.images[0], turned.images[1].flip(1, 2))
+
+def test_batches_of_another_size_and_loaders_with_an_epoch_of_their_own():
+    from m2mkd.given import Stream, own_batches
+    batches = Batches(load("digits", per_class=4), 8)
+    settings = Training(epochs=1, batch_size=16, lr=1e-3)
+    fails(lambda: own_batches(batches, settings, "cpu"), "of 8 images", "batch_size = 16")
+    assert own_batches(batches, settings.but(batch_size=8), "cpu") is batches
+    pairs = TensorDataset(torch.zeros(32, 3, 8, 8), torch.zeros(32, dtype=torch.long))
+    loader = DataLoader(pairs, 16)
+    loader.epoch = 0
+    assert isinstance(own_batches(loader, settings, "cpu"), Stream)
+
+def test_a_transparent_gray_of_sixteen_bits_is_white():
+    gray, buffer = Image.fromarray(np.array([[257, 514], [257, 65535]], np.uint16)), io.BytesIO()
+    gray.save(buffer, "PNG", transparency=257)
+    found = np.asarray(pixels.decode(buffer.getvalue(), "x"))[..., 0]
+    assert found.tolist() == [[255, 2], [255, 255]]
