@@ -90,7 +90,7 @@ LAYOUTS = ("; expected parquet files named by their split (data/train-00000-of-0
            "data/valid-...), or folders SPLIT/CLASS/IMAGE, or CLASS/IMAGE")
 _PLAIN = {"images", "image", "imgs", "img", "pictures", "photos", "jpegimages", "jpegs",
           "annotations", "annotation", "labels", "masks", "trimaps", "bboxes", "groundtruth",
-          "ground_truth", "segmentations", "segmentationclass", "segmentationobject"}                     # no class
+          "ground_truth", "segmentations", "segmentationclass", "segmentationobject"}   # no class
 _OTHER = {"holdout", "eval", "evaluation", "extra", "unlabeled", "unlabelled"}   # splits of no kind
 
 def _plain(names): return [n for n in names if n.lower() in _PLAIN]
