@@ -6,20 +6,22 @@
 __all__ = ['USAGE', 'run', 'main']
 
 # %% ../nbs/13_run.ipynb #e7b3cec7
-import contextlib, os, runpy, signal, sys
+import contextlib, math, os, runpy, signal, sys, time
 
 import psutil
 
-from .stop import SIGNALS
+from .stop import GRACE, SIGNALS
 
 # %% ../nbs/13_run.ipynb #cc1cfd83
 USAGE = "usage: python -m m2mkd run NOTEBOOK OUT [-p NAME VALUE] [-f FILE] ... (papermill's arguments: python -m papermill --help)"
 
 class _Relay:
-    "A handler that passes the first signal to the kernel, a child of this process; the second ends both."
-    came = None
+    "Passes the first signal to the kernel, a child of this process; one after its grace ends both."
+    came, at = None, -math.inf
 
     def __call__(self, number, frame):
+        if time.monotonic() - self.at < GRACE: return
+        self.at = time.monotonic()
         kernels = psutil.Process().children()
         if self.came or not kernels:
             for k in kernels: k.kill()

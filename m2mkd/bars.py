@@ -6,7 +6,7 @@
 __all__ = ['progress']
 
 # %% ../nbs/00d_bars.ipynb #b0a50003
-import functools, io, os, sys, textwrap
+import contextlib, functools, io, os, sys, textwrap
 from pathlib import Path
 
 import psutil
@@ -17,12 +17,24 @@ _LIVE = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"     # set for a ke
 
 _terminal = functools.cache(lambda fd: open(os.dup(fd), "w"))
 
+def _papermill(words):
+    "Whether a command line is papermill's, or that of `python -m m2mkd`."
+    if not words or "python" not in Path(words[0]).name: return Path(*words[:1]).stem == "papermill"
+    for word, after in zip(words[1:], [*words[2:], ""]):
+        if word == "-m": return after in ("papermill", "m2mkd")
+        if not word.startswith("-"): return Path(word).stem == "papermill"
+    return False
+
+def _starter():
+    "The command line of the process that started this one; empty where nobody may see it."
+    with contextlib.suppress(psutil.Error): return psutil.Process(os.getppid()).cmdline()
+    return []
+
 def _screen():
     "Where a bar can be drawn: (file, line), line counted from the cursor; (None, None) if nowhere."
     fd = getattr(sys.stderr, "_original_stdstream_copy", None)    # a kernel keeps the stderr it was started with
     if fd is None: return (sys.stderr, None) if sys.stderr.isatty() else (None, None)
-    starter = psutil.Process(os.getppid()).cmdline()
-    papermill = bool({"papermill", "m2mkd"} & {Path(word).name for word in starter})
+    papermill = _papermill(starter := _starter())
     if not papermill and any(name in os.environ for name in _LIVE): return sys.stdout, None
     return (_terminal(fd), int(papermill)) if os.isatty(fd) and "--log-output" not in starter else (None, None)
 

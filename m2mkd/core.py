@@ -199,11 +199,12 @@ def generator(seed, what, step=0, device="cpu"):
     return torch.Generator(device).manual_seed(seed_of(seed, what, step))
 
 _drawing = threading.RLock()
+if hasattr(os, "register_at_fork"):      # what another thread held, nobody would release in a child
+    os.register_at_fork(after_in_child=lambda: globals().update(_drawing=threading.RLock()))
 
 @contextlib.contextmanager
 def seeded(seed, what, step=0):
-    """Inside, Python's, numpy's and torch's global states start from (seed, what, step); outside, they are as before. These states are the
-    process's, so threads take turns."""
+    "Inside, Python, numpy, torch draw from (seed, what, step), outside as before; threads in turn."
     with _drawing, _seeded(seed, what, step): yield
 
 @contextlib.contextmanager

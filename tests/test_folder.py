@@ -1,14 +1,15 @@
 "A run folder that two may touch and that may be stopped or damaged at any moment."
-import contextlib, errno, fcntl, os, resource, signal, stat, subprocess, sys, threading, time
+import contextlib, errno, fcntl, os, resource, signal, stat, subprocess, threading, time
 
 import pytest, torch
 
 from m2mkd import folder as folders
-from m2mkd.core import read_json, whole, write_json
+from m2mkd import __main__ as command
+from m2mkd.core import read_json, seeded, whole, write_json
 from m2mkd.data import Batches
 from m2mkd.folder import Folder, code, environment
 from m2mkd.lock import owned, owner
-from m2mkd.stop import Stopped, stopping
+from m2mkd.stop import GRACE, Stopped, stopping
 from m2mkd.train import Phase, Runtime, end_to_end, train
 from test_train import EVERY_STEP, PLAIN, Stop, digits, model, run, same, test_set  # noqa: F401 (fixtures)
 
@@ -95,6 +96,68 @@ def test_a_second_signal_does_not_wait(run, tmp_path, monkeypatch):
         signalled(run, "stopped", signal.SIGINT, 3)
     run("stopped", runtime=RARELY)
     assert same(tmp_path/"straight/a", tmp_path/"stopped/a")
+
+@pytest.mark.parametrize("twin", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_is_one(run, tmp_path, twin):
+    "A group's and the relay's, some milliseconds apart: the checkpoint is written, the exit code is the first one's."
+    def send(terms, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(0.005, os.kill, (os.getpid(), twin)).start()
+        return terms
+    with pytest.raises(Stopped) as e: run("stopped", spoil=send, runtime=RARELY)
+    assert e.value.code == 143 and {Folder(tmp_path/"stopped"/n).checkpoint()["step"] for n in "ab"} == {4}
+
+def test_a_twin_after_the_end_of_all_blocks():
+    "Where nothing is under way the process waits for it, so that it does not meet the caller's handler."
+    called = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: called.append("own"))
+    try:
+        with pytest.raises(Stopped), stopping("outer"), stopping("inner"):
+            threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert called == ["own"]
+    finally: signal.signal(signal.SIGUSR1, before)
+
+def test_a_signal_after_the_grace_acts_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt), stopping("lesson") as stop, stop.held():
+        for _ in range(3): os.kill(os.getpid(), signal.SIGINT)
+        done.append("as one")
+        stop.at -= GRACE
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("not reached")
+    assert done == ["as one"] and stop.torn
+
+def test_the_relay_passes_a_twin_on_once(monkeypatch):
+    class Kernel:
+        got = []
+        def send_signal(self, number): self.got.append(number)
+        def kill(self): self.got.append("kill")
+    class Process:
+        def children(self): return [Kernel()]
+    def leave(code): raise SystemExit(code)
+    monkeypatch.setattr(command.psutil, "Process", Process)
+    monkeypatch.setattr(command.os, "_exit", leave)
+    relay = command._Relay()
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM): relay(number, None)
+    assert Kernel.got == [signal.SIGUSR1] and relay.came == signal.SIGUSR1
+    relay.at -= GRACE
+    with pytest.raises(SystemExit, match="143"): relay(signal.SIGTERM, None)
+    assert Kernel.got[1:] == ["kill"]
+
+def test_a_child_forked_while_another_thread_draws_can_draw():
+    inside, leave = threading.Event(), threading.Event()
+    def hold():
+        with seeded(0, "other"): inside.set(), leave.wait()
+    thread = threading.Thread(target=hold)
+    thread.start(), inside.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(5)
+        with seeded(0, "mine"): os._exit(0)
+    leave.set(), thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 def test_whose_handlers_they_are():
     "What was ignored stays ignored, a caller's own handler is called behind the saving, another thread has none."

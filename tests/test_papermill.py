@@ -5,6 +5,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from m2mkd import bars
 from m2mkd.folder import Folder
 
 CELLS = ("steps = 30    # how many\nlr = 0.1      # rate\nseeds = [0]   # which",
@@ -65,6 +66,20 @@ def test_bars_are_on_the_terminal_and_not_in_the_notebook(notebook):
     assert outputs(notebook)[-2] == [] and "the end" in str(outputs(notebook)[-1])
 
 
+@pytest.mark.parametrize("words,whose", [
+    ("python3 -m papermill a.ipynb b.ipynb", True), ("/venv/bin/python -u -m m2mkd run a.ipynb b.ipynb", True),
+    ("/venv/bin/python /venv/bin/papermill a.ipynb b.ipynb", True), ("papermill a.ipynb b.ipynb", True), ("", False),
+    ("/usr/bin/python3 /usr/bin/jupyter-lab --notebook-dir /home/me/m2mkd", False),
+    ("/usr/bin/jupyter-lab /home/me/papermill", False), ("python /usr/bin/jupyter-lab -m papermill", False)])
+def test_whose_kernel_it_is(words, whose): assert bars._papermill(words.split()) is whose
+
+
+def test_a_starter_that_nobody_may_see(monkeypatch):
+    def gone(pid): raise bars.psutil.NoSuchProcess(pid)
+    monkeypatch.setattr(bars.psutil, "Process", gone)
+    assert bars._starter() == []
+
+
 def test_without_a_terminal_a_long_bar_leaves_a_few_lines(notebook):
     assert papermill(notebook, "--log-output", "-p", "steps", "120").returncode == 0
     lines = [line for o in outputs(notebook)[-2] for line in o.text.splitlines()]
@@ -102,7 +117,7 @@ def test_run_passes_a_signal_on_and_the_next_run_goes_on(tmp_path):
     papermill = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/meta-*/metrics.jsonl"))
     while lines() < 4 and papermill.poll() is None: time.sleep(0.05)
-    papermill.send_signal(signal.SIGINT)
+    for _ in range(2): papermill.send_signal(signal.SIGINT), time.sleep(0.005)      # and its twin
     said = papermill.communicate()[1]
     assert papermill.returncode == 130 and "Traceback" not in said and said.splitlines()[-1].startswith("stopped by SIGINT"), said
     shown = str(outputs(tmp_path/"small.ipynb"))
