@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SEED', 'ONLY', 'FLOOR', 'MODEL', 'STAGE', 'STAGES', 'TEACHER', 'FOLDER', 'TASK', 'TRAINING', 'DISTILLATION',
-           'RUNTIME', 'ROOT', 'said', 'kinds_of', 'Kind', 'checked', 'in_order', 'check_chain', 'check_trains',
-           'check_number', 'check_pairs', 'check_roles', 'sets_of', 'check_images']
+           'RUNTIME', 'ROOT', 'said', 'kinds_of', 'Unlike', 'Kind', 'checked', 'in_order', 'check_chain',
+           'check_trains', 'check_number', 'check_pairs', 'check_roles', 'sets_of', 'check_images']
 
 # %% ../nbs/11a_arguments.ipynb #a1d00003
 import functools, inspect, operator, re, textwrap
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from .chain import evaluating, hybrid
-from .core import read_json, seeded
+from .core import seeded
+from .folder import Folder
 
 # %% ../nbs/11a_arguments.ipynb #a1d00005
 def said(value):
@@ -34,6 +35,9 @@ def kinds_of(value):
     "The names of the classes that `value` is an object of."
     return {c.__name__ for c in type(value).__mro__}
 
+class Unlike(TypeError):
+    "What a value is refused with that is not of the kind that an argument should be."
+
 class Kind:
     "What an argument may be: in `words`, by take(value), with `advice` {class name: words}."
     def __init__(self, words, take, **advice):
@@ -43,14 +47,14 @@ class Kind:
     def of(cls, names, words, check=lambda value: value, **advice):
         "The kind of the objects of the classes `names` that check(value) returns."
         def take(value):
-            if kinds_of(value).isdisjoint(names.split()): raise TypeError
+            if kinds_of(value).isdisjoint(names.split()): raise Unlike
             return check(value)
         return cls(words, take, **advice)
 
     def fits(self, value):
         try: self.take(value)
-        except TypeError: return False
-        except (ValueError, OSError): pass              # of the kind, and wrong in itself
+        except Unlike: return False
+        except (TypeError, ValueError, OSError): pass   # of the kind, and wrong in itself
         return True
 
     def wrong(self, value):
@@ -65,7 +69,7 @@ def _taken(call, kinds, given):
         value = given.get(name)
         if value is None and (name not in given or call.parameters[name].default is None): continue
         try: given[name] = kind.take(value)
-        except TypeError:
+        except Unlike:
             for other in kinds.keys() & given.keys():
                 its = kinds[other]
                 if not its.fits(given[other]) and kind.fits(given[other]) and its.fits(value):
@@ -96,10 +100,13 @@ def _stage_name(name):
                      "no separators (/ \\ : * ? \" < > |), at most 100 characters")
 
 def _whole_number(value):
-    if isinstance(value, bool): raise TypeError
-    return operator.index(value)
+    if isinstance(value, bool): raise Unlike
+    try: return operator.index(value)
+    except TypeError: raise Unlike from None
 
 def _indices(values):
+    try: values = iter(values)
+    except TypeError: raise Unlike from None
     numbers = [_whole_number(v) for v in values]
     if not numbers: raise ValueError("only = [] names no module; leave it out for all")
     if (twice := [n for n in numbers if numbers.count(n) > 1]):
@@ -107,7 +114,7 @@ def _indices(values):
     return numbers
 
 def _share(value):
-    if isinstance(value, bool): raise TypeError
+    if isinstance(value, bool): raise Unlike
     if not 0 <= value <= 1: raise ValueError(f"floor = {value} is outside 0..1")
     return value
 
@@ -126,9 +133,12 @@ def _finished(path):
     if not (path/"done.json").exists():
         raise ValueError(f"the stage {path} is not finished (it has no done.json): the call that "
                          "began it goes on with it")
-    settings = read_json(path/"settings.json")
+    settings = Folder(path).read("settings.json", module=(int, type(None)))
     if "model" not in settings: raise ValueError(f"{path} holds no model")
-    return settings
+    if isinstance(settings["model"], dict) and "module" in settings: return settings
+    model = f"model is {said(settings['model'])}"
+    wrong = model if "module" in settings else "it has no module"
+    raise ValueError(f"{path/'settings.json'} is damaged: {wrong}")
 
 def _folder(path):
     _finished(path)
@@ -142,7 +152,7 @@ def _whole(stage):
 def in_order(stages):
     "The Stages `stages`, if they are a single whole model, or the modules 0, 1, ... of one."
     if not isinstance(stages, (list, tuple)) or not all("Stage" in kinds_of(s) for s in stages):
-        raise TypeError
+        raise Unlike("stages should be a list of finished Stages")
     numbers = [_finished(s.path)["module"] for s in stages]
     if numbers in ([], [None], list(range(len(numbers)))): return list(stages)
     if None in numbers:
@@ -189,8 +199,8 @@ def check_chain(what, chain, classes, size):
     image = next(chain.parameters(), torch.zeros(())).new_zeros(1, 3, size, size)
     try:
         with seeded(0, "one image"), evaluating(chain): out = chain(image)
-    except (RuntimeError, ValueError, TypeError) as e:
-        why = str(e).splitlines()[0]
+    except Exception as e:
+        why = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0].removesuffix(": ")
         raise ValueError(f"{what} does not run on images of {size} px: {why}") from None
     shape = tuple(out.shape) if torch.is_tensor(out) else said(out)
     if shape == (1, classes): return chain

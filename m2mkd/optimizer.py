@@ -7,7 +7,7 @@ __all__ = ['FUSED', 'SCHEDULES', 'LOWEST', 'no_decay', 'layers', 'groups', 'chec
            'warmup_steps', 'make_schedule']
 
 # %% ../nbs/07a_optimizer.ipynb #c34209cc
-import functools, re, warnings
+import functools, math, re, warnings
 from types import SimpleNamespace
 
 import torch
@@ -99,17 +99,34 @@ SCHEDULES = {"cosine": ("k_decay",), "tanh": (), "poly": ("decay_rate", "k_decay
 LOWEST = ("cosine", "tanh", "poly", "wsd")                  # those that end at min_lr
 _NEEDED = {"step": "decay_epochs", "multistep": "decay_milestones"}
 
+def _followed(name, options, epochs):
+    "What is wrong with these options over so many epochs of ten steps; None if nothing is."
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
+    settings = SimpleNamespace(lr=1., min_lr=0., batch_size=512, epochs=epochs, warmup=0,
+                               schedule=name, schedule_options=options)
+    try:
+        made = make_schedule(optimizer, settings, per_epoch=10)
+        for step in range(0, 10 * epochs, max(1, epochs // 4)):
+            made.step_update(step)
+            lr = optimizer.param_groups[0]["lr"]
+            if not 0 <= lr < math.inf: return f"the learning rate becomes {lr}"
+    except Exception as e: return f"{type(e).__name__}: {e}".splitlines()[0]
+
 def check_schedule(name, options, epochs):
-    """ValueError for `options` that timm's schedule `name` does not have, needs, or would not come to
-    in so many `epochs`."""
+    """ValueError for `options` that timm's schedule `name` does not have, needs, cannot follow, or
+    would not come to in so many `epochs` after the warm-up."""
     has = SCHEDULES[known(name, SCHEDULES, "schedule")]
     for option in options: known(option, has, f"option of the {name} schedule")
     if (needed := _NEEDED.get(name)) and needed not in options:
         raise ValueError(f"the {name} schedule needs schedule_options={{{needed!r}: ...}}, in epochs")
     for value in (options[k] for k in _NEEDED.values() if k in options):
         for epoch in value if isinstance(value, (list, tuple)) else [value]:
-            if 0 < epoch < epochs: continue
-            raise ValueError(f"schedule_options {options}: {epoch} is no epoch between 0 and {epochs}")
+            if not isinstance(epoch, (int, float)) or 0 < epoch < epochs: continue
+            raise ValueError(f"schedule_options {options}: {epoch} is no epoch between 0 and "
+                             f"{epochs:g}, counted from the end of the warm-up")
+    if options and (why := _followed(name, options, math.ceil(max(1, epochs)))):
+        raise ValueError(f"schedule_options {options} are none that the {name} schedule can follow "
+                         f"({why})")
 
 def warmup_steps(settings, per_epoch):
     "The steps of the warm-up, `per_epoch` steps an epoch; a ValueError where it leaves none."

@@ -7,7 +7,6 @@ __all__ = ['LABELS', 'STYLE', 'one_decay', 'alike', 'runs_table', 'metrics_table
            'save']
 
 # %% ../nbs/12_report.ipynb #91a047fb
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,30 +14,26 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .core import known, read_json, whole
+from .core import known, sha256, whole
 from .evaluate import t_interval
+from .folder import Folder
 
 # %% ../nbs/12_report.ipynb #1271563e
-def _lines(path):
-    "The JSON lines of a file as a list; an error names the damaged line. A file that is missing has none."
-    found = []
-    for i, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try: found.append(dict(json.loads(line)))
-        except (ValueError, TypeError): raise ValueError(f"{path}, line {i} is damaged: {line[:60]!r}") from None
-    return found
-
-def _done(path):
-    "The content of a done.json, which must be an object."
-    done = read_json(path)
-    if not isinstance(done, dict): raise ValueError(f"{path} is damaged: it holds no object")
-    return done
+def _lines(stage):
+    "The metrics that the Folder `stage` was done with; none where the file is missing."
+    lines, file = stage.metrics(), stage/"metrics.jsonl"
+    wanted = stage.mark()["sums"].get(file.name)
+    if not wanted or not file.exists() or sha256(file) == wanted: return lines
+    raise ValueError(f"{file} {stage.changed}")
 
 def _finished(folder, read):
-    "[(stage folder, done.json, read(stage folder))] of the finished stages below `folder`; one ValueError names all damaged files."
+    """[(path, done.json, read(Folder))] of the finished stages below `folder`; one ValueError names
+    all damaged files."""
     folder, found, damaged = Path(folder), [], []
     if not folder.is_dir(): raise FileNotFoundError(f"run folder {folder} is missing")
     for path in sorted(folder.rglob("done.json")):
-        try: found.append((path.parent, _done(path), read(path.parent)))
+        stage = Folder(path.parent)
+        try: found.append((stage.path, stage.mark(), read(stage)))
         except ValueError as e: damaged.append(str(e))
     if damaged: raise ValueError("; ".join(damaged))
     return found
@@ -46,8 +41,8 @@ def _finished(folder, read):
 def _decay(stage):
     """What decayed in a stage, by its settings.json (a training without this setting: all); None
     where nothing trained, or no such file is there."""
-    settings = read_json(stage/"settings.json") if (stage/"settings.json").exists() else {}
-    training = isinstance(settings, dict) and settings.get("training") or None
+    if not (stage/"settings.json").exists(): return None
+    training = stage.read("settings.json", training=(dict, type(None))).get("training")
     return training and (training.get("decay") or "all")
 
 def one_decay(rules):
@@ -61,7 +56,7 @@ def one_decay(rules):
 
 def alike(stages):
     "The `stages` (of a pipeline), if the same decayed in all of them; see `one_decay`."
-    one_decay(_decay(s.path) for s in stages)
+    one_decay(_decay(Folder(s.path)) for s in stages)
     return stages
 
 def _integers(table):
@@ -80,7 +75,7 @@ def runs_table(folder):
 
 def metrics_table(folder):
     "All lines of metrics.jsonl of the finished stages below `folder`, each with its stage's experiment, name, seed and hash."
-    def read(stage): return _decay(stage), _lines(stage/"metrics.jsonl")
+    def read(stage): return _decay(stage), _lines(stage)
     def whose(done): return {k: done.get(k) for k in ("name", "seed", "hash")}
     rows = [{"experiment": stage.parent.name, **whose(done), "decay": decay, **line}
             for stage, done, (decay, lines) in _finished(folder, read) for line in lines]

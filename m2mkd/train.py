@@ -67,8 +67,8 @@ class Training(Settings):
 
     def together(self):
         check_optimizer(self.optimizer)
-        check_schedule(self.schedule, self.schedule_options, self.epochs)
-        default = "" if "min_lr" in self.model_fields_set else " (the default)"
+        check_schedule(self.schedule, self.schedule_options, self.epochs - self.warmup)
+        default = " (the default)" if self.min_lr == Training.model_fields["min_lr"].default else ""
         if self.schedule in LOWEST and self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}{default} is above lr = {self.lr}: "
                              "the learning rate would rise")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from m2mkd import pipeline
+from m2mkd import arguments, pipeline
 from m2mkd.data import Augment, Data
 from m2mkd.distill import Distillation
 from m2mkd.pipeline import Lab, Stage, Stitched, Task, load
@@ -216,3 +216,30 @@ def test_a_checkpoint_that_changed_is_another_stage(made, tmp_path):
         torch.save(VIT.vit(10, 8).state_dict(), tmp_path/"vit.pth")
         return made.lab.given("file", spec.but(options=VIT.options | dict(depth=2)), TASK)
     assert save(0) == save(0) != save(1)
+
+
+@pytest.mark.parametrize("content,said", [("null", "holds null"), ("3", "holds 3"), ("[]", r"holds \[\]"), ("{}", "holds {}"),
+                                          ('{"model": 3}', "it has no module"), ('{"model": 3, "module": null}', "model is 3"),
+                                          ('{"model": {}, "module": "x"}', "module is 'x'")])
+def test_damaged_settings_of_a_stage_are_named(tmp_path, content, said):
+    (tmp_path/"done.json").write_text("{}")
+    (tmp_path/"settings.json").write_text(content)
+    with pytest.raises(ValueError, match=f"settings.json is damaged: .*{said}"): load(tmp_path)
+    with pytest.raises(ValueError, match=f"settings.json is damaged: .*{said}"): arguments.in_order([Stage(tmp_path)])
+
+
+def test_an_error_inside_a_check_is_not_another_kind():
+    def check(value): raise TypeError("a fault of the check")
+    @arguments.checked
+    def call(x: arguments.Kind.of("int", "a number", check)): return x
+    with pytest.raises(TypeError, match="a fault of the check"): call(3)
+    with pytest.raises(TypeError, match="x is 'a'; it should be a number"): call("a")
+
+
+@pytest.mark.parametrize("error", [AssertionError(), AssertionError("Input height (8) doesn't match"), IndexError("out"), AttributeError("no b"), KeyError()])
+def test_any_error_of_a_module_is_one_sentence(error):
+    class Fails(nn.Module):
+        def forward(self, x): raise error
+    with pytest.raises(ValueError, match=f"model does not run on images of 8 px: {type(error).__name__}") as e:
+        arguments.check_chain("model", nn.Sequential(Fails()), 5, 8)
+    assert "\n" not in str(e.value) and not str(e.value).endswith(": ")

@@ -124,3 +124,20 @@ def test_report_reads_what_folder_writes(tmp_path):
     for done in tmp_path.rglob("done.json"): done.write_text("{")
     with pytest.raises(ValueError) as e: report.runs_table(tmp_path)
     assert str(e.value).count("done.json is damaged") == 3
+
+
+def test_tables_hold_only_what_a_stage_was_done_with(tmp_path):
+    "An edited done.json, a line without a step and an edited record are all named, in one error."
+    for name in "abc":
+        stage = folder.Folder(tmp_path/name)
+        core.write_json(stage/"settings.json", {"seed": 0})
+        stage.log(step=1, top1=0.5)
+        if name == "b": stage.log(top1=0.5)
+        stage.finish(results={"top1": 0.5})
+    assert len(report.runs_table(tmp_path)) == 3
+    done = core.read_json(tmp_path/"a/done.json")
+    core.write_json(tmp_path/"a/done.json", done | {"results": {"top1": 1.0}})
+    folder.Folder(tmp_path/"c").log(step=2, top1=0.9)
+    with pytest.raises(ValueError) as e: report.metrics_table(tmp_path)
+    for said in ("a/done.json has changed", "line 2 is damaged: it has no step", "c/metrics.jsonl has changed"): assert said in str(e.value)
+    with pytest.raises(ValueError, match="a/done.json has changed"): report.runs_table(tmp_path)

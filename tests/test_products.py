@@ -13,7 +13,7 @@ from m2mkd.evaluate import cost
 from m2mkd.folder import environment
 from m2mkd.measure import flop_counter
 from m2mkd.modulated import ModFC
-from m2mkd.products import ONEDNN, Linear, attend, choose, linear, rule, suits
+from m2mkd.products import ONEDNN, Linear, attend, choose, linear, rule
 from m2mkd.vit import ViT
 from m2mkd.vmoe import Mixture, VMoE
 

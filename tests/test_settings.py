@@ -16,7 +16,7 @@ from m2mkd.core import Settings, from_plain, hash_of, number, parameters, seeded
 from m2mkd.data import Augment, Data
 from m2mkd.distill import Distillation, hard_distillation, m2mkd_loss, soft_distillation
 from m2mkd.optimizer import groups, layers, make_optimizer, make_schedule, no_decay
-from m2mkd.pipeline import Lab, Stitched, Task, load
+from m2mkd.pipeline import Lab, Stitched, Task
 from m2mkd.report import alike, compare, runs_table
 from m2mkd.tokenizers import Patches
 from m2mkd.train import Runtime, Training, end_to_end, soft_cross_entropy, train, with_auxiliary
@@ -297,3 +297,27 @@ def test_no_git_no_display_no_home(tmp_path):
                PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
     run = subprocess.run([sys.executable, "-c", SLIM, tmp_path/"runs"], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "commit None" in run.stdout, run.stderr
+
+
+# --- schedules ---
+
+@pytest.mark.parametrize("schedule,options", [
+    ("multistep", dict(decay_milestones=2)), ("step", dict(decay_epochs=[1, 2])), ("wsd", dict(decay_epochs="2")),
+    ("step", dict(decay_epochs=1, decay_rate="x")), ("wsd", dict(decay_fn="nonsense")), ("cosine", dict(k_decay=None)),
+    ("multistep", dict(decay_milestones=[1, "2"])), ("step", dict(decay_epochs=1, decay_rate=-1.))])
+def test_options_that_a_schedule_cannot_follow(schedule, options):
+    with pytest.raises(ValueError, match=f"are none that the {schedule} schedule can follow") as e:
+        Training(epochs=4, batch_size=50, schedule=schedule, schedule_options=options)
+    assert str(options) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_epochs_of_options_count_from_the_end_of_the_warm_up():
+    late = dict(epochs=4, batch_size=50, schedule="multistep", schedule_options=dict(decay_milestones=[3]))
+    assert Training(**late)
+    with pytest.raises(ValueError, match="3 is no epoch between 0 and 2, counted from the end of the warm-up"): Training(**late, warmup=2)
+
+
+def test_a_training_from_a_record_can_be_changed():
+    record = to_plain(Training(epochs=2, batch_size=50, schedule="constant"))
+    assert from_plain(record).but(epochs=3).epochs == 3
+    with pytest.raises(ValueError, match="min_lr = 0.001 has no effect"): from_plain(record).but(min_lr=1e-3)
