@@ -5,11 +5,12 @@ At first a stage's hash covered module paths ("m2mkd.nac:NAC") and every field; 
 names and what is not at its base (core.identity). The stages under runs went through this once;
 yours of the same time can, too (keep a copy until it is through). For each stage: the names of
 classes and the hashes of its inputs in settings.json, the folder's name, and in done.json the hash
-and the sum of settings.json. No other number is touched; a second run changes nothing."""
+and the sums of settings.json and of itself. No other number is touched; a second run changes nothing."""
 import sys
 from pathlib import Path
 
 from m2mkd.core import from_plain, hash_of, read_json, sha256, write_json
+from m2mkd.folder import _own_sum
 
 
 def renamed(plain, hashes):
@@ -25,16 +26,17 @@ def renamed(plain, hashes):
 def plan(folders):
     "[(folder, new settings, new name)] of the stages below `folders`, each after its inputs."
     found = [path.parent for f in folders for path in sorted(Path(f).rglob("settings.json"))]
-    stages = {path.name.rpartition("-")[2]: path for path in found}
+    stages = {}
+    for path in found: stages.setdefault(path.name.rpartition("-")[2], []).append(path)
     hashes, todo = {}, []
     def visit(old):
         if old in hashes or old not in stages: return
-        plain = read_json(stages[old]/"settings.json")
-        for h in plain.get("inputs", []): visit(h)
-        settings = renamed(plain, hashes)
-        hashes[old] = hash_of(settings)
-        name = stages[old].name.rpartition("-")[0]
-        todo.append((stages[old], settings, f"{name}-{hashes[old]}"))
+        for path in stages[old]:
+            plain = read_json(path/"settings.json")
+            for h in plain.get("inputs", []): visit(h)
+            settings = renamed(plain, hashes)
+            hashes[old] = hash_of(settings)
+            todo.append((path, settings, f"{path.name.rpartition('-')[0]}-{hashes[old]}"))
     for old in stages: visit(old)
     return todo
 
@@ -45,7 +47,9 @@ def apply(path, settings, name):
     if (path/"done.json").exists():
         done = read_json(path/"done.json")
         sums = done["sums"] | {"settings.json": sha256(path/"settings.json")}
-        write_json(path/"done.json", done | {"hash": name.rpartition("-")[2], "sums": sums})
+        done |= {"hash": name.rpartition("-")[2], "sums": sums}
+        if "done.json" in sums: sums["done.json"] = _own_sum(done)
+        write_json(path/"done.json", done)
     path.rename(path.with_name(name))
 
 
