@@ -20,7 +20,6 @@ quickstart: .venv/notebooks.stamp  ## the whole method on embedded data: a table
 
 test: .venv/dev.stamp  ## what CI runs: generated files in sync, library notebooks, experiments with smoke defaults, pytest
 	$(B)/python tools/sync.py
-	$(B)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments)' --n_workers 2 --timing
 	$(B)/python tools/smoke.py
 	$(B)/python -m pytest
 
