@@ -43,7 +43,7 @@ def test_committed_stages_keep_their_names():
     names = {f.parent.name: f.parent for f in (root/"runs").rglob("settings.json")}
     kept = json.loads((frozen/"stages.json").read_text())
     assert len(kept) == len(set(kept)) == 290 and not [n for n in kept if n not in names]
-    for name, path in names.items():
+    for name, path in ((name, names[name]) for name in kept):
         settings, done = read_json(path/"settings.json"), read_json(path/"done.json")
         assert f"{settings['name']}" in name and hash_of(settings) == name.rpartition("-")[2] == done["hash"], name
         assert done["sums"]["settings.json"] == sha256(path/"settings.json"), name
