@@ -62,7 +62,7 @@ def test_pretrained_teacher_and_own_images_of_the_text(tmp_path):
     block = code_in_text("deit_small_patch16_224").replace('name="deit_small_patch16_224", depths=(3, 3, 3, 3), pretrained=True', small)
     block = block.replace("depths=(1, 1, 1, 1), width=192, heads=3, patch=16", "depths=(1, 1, 1), width=24, heads=3, patch=4")
     block = re.sub(r"training\(\d+\)", "training(1)", block)
-    split = code_in_text("per_class").replace("/data/my-set", str(tmp_path/"my-set")).replace("80", "48").replace("100", "64")
+    split = code_in_text("per_class").replace("80", "48").replace("100", "64").replace("/data/my-set", str(tmp_path/"my-set"))
     rules = code_in_text("def rules").replace("class ConvNet(Model):\n    ...", "class Fitting(ConvNet):")
     two = "two = pipeline.Task(train=task.train.but(classes=2), test=(task.test[0].but(classes=2),))\n"
     two += 'lab.finetune("two", Fitting(), [lab.end_to_end("three", Fitting(), task, training(1))], two, training(2))'
