@@ -200,23 +200,3 @@ def test_settings_say_what_would_be_right():
                         (lambda: ViT("vit_base"), "ViT takes its settings by name: ViT"), (lambda: Meta(like=NAC), r"like = .*: should be Timm\(...\)")):
         with pytest.raises(TypeError, match=said) as e: wrong()
         assert "\n" not in str(e.value) and len(str(e.value)) < 400
-
-
-def test_rekey_names_all_stages_of_one_hash_and_keeps_their_sums(tmp_path, monkeypatch):
-    "Two folders hold one stage of the old name; what guards done.json guards it again."
-    monkeypatch.syspath_prepend(root/"tools")
-    rekey = importlib.import_module("rekey")
-    settings = to_plain(dict(name="a", inputs=[], model=TEACHER))
-    settings["model"]["class"] = "m2mkd.vit:ViT"
-    for d in ("one", "two"):
-        stage = Folder(tmp_path/d/"a-000000000000")
-        core.write_json(stage/"settings.json", settings)
-        stage.finish()
-    todo = rekey.plan([tmp_path])
-    for step in todo: rekey.apply(*step)
-    assert len(todo) == 2
-    for d in ("one", "two"):
-        (path,) = (tmp_path/d).iterdir()
-        done = Folder(path).mark()
-        assert path.name == f"a-{hash_of(read_json(path/'settings.json'))}" and done["hash"] in path.name
-        assert done["sums"]["settings.json"] == sha256(path/"settings.json")
