@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Annotated, ClassVar, get_args, get_origin
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from .bars import progress
@@ -44,8 +43,8 @@ def recorded():
 
 def number(x):
     "A NumPy or torch scalar as Python's number; anything else as it is."
-    return x.item() if isinstance(x, (np.generic, torch.Tensor)) and x.ndim == 0 else x
-
+    kinds = np.generic, getattr(sys.modules.get("torch"), "Tensor", np.generic)    # no torch: no tensors
+    return x.item() if isinstance(x, kinds) and x.ndim == 0 else x
 
 _PLAINLY = {"model_type": "should be {class_name}(...)",
             "tuple_type": "should be a tuple, with a comma: (x,)"}
@@ -196,6 +195,7 @@ def seed_of(seed, what, step=0):
 
 def generator(seed, what, step=0, device="cpu"):
     "A torch generator on `device`, seeded by (seed, what, step)."
+    import torch
     return torch.Generator(device).manual_seed(seed_of(seed, what, step))
 
 _drawing = threading.RLock()
@@ -205,17 +205,16 @@ if hasattr(os, "register_at_fork"):      # what another thread held, nobody woul
 @contextlib.contextmanager
 def seeded(seed, what, step=0):
     "Inside, Python, numpy, torch draw from (seed, what, step), outside as before; threads in turn."
-    with _drawing, _seeded(seed, what, step): yield
-
-@contextlib.contextmanager
-def _seeded(seed, what, step):
+    import torch
     s, cuda = seed_of(seed, what, step), torch.cuda.is_available() and torch.cuda.is_initialized()
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-    random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
-    try: yield
-    finally:
-        random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
-        if cuda: torch.cuda.set_rng_state(before[3])
+    with _drawing:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cuda_before = torch.cuda.get_rng_state() if cuda else None
+        random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
+        try: yield
+        finally:
+            random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
+            if cuda: torch.cuda.set_rng_state(cuda_before)
 
 # %% ../nbs/00_core.ipynb #8dccae15
 @contextlib.contextmanager
