@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'known', 'recorded', 'number', 'Settings', 'registered', 'to_plain', 'from_plain', 'bases', 'identity',
-           'hash_of', 'seed_of', 'generator', 'seeded', 'named', 'whole', 'write_json', 'read_json', 'sha256',
+           'hash_of', 'seed_of', 'generator', 'seeded', 'named', 'whole', 'write_json', 'read_json', 'sha256', 'late',
            'flop_counter', 'Parameters', 'parameters', 'progress']
 
 # %% ../nbs/00_core.ipynb #5cbd519d
@@ -31,7 +31,6 @@ def known(name, names, what):
 
 # %% ../nbs/00_core.ipynb #b452825e
 _classes = {}  # short name -> {module: the class of this name that was defined in it last}
-
 _recorded = contextvars.ContextVar("recorded", default=False)     # true while a record is read
 
 @contextlib.contextmanager
@@ -184,8 +183,7 @@ def identity(x):
     return _walk(from_plain(x), _essence)
 
 def hash_of(*things):
-    """Twelve hexadecimal digits that depend on the `identity` of `things` (settings or plain data)
-    and on nothing else."""
+    "Twelve hexadecimal digits, of the `identity` of `things` (settings or plain data) alone."
     return hashlib.sha256(_text(identity(things)).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #89f78083
@@ -265,10 +263,14 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #ea81d706
+class late:
+    "Stands for a module, which is imported when something of it is asked for."
+    def __init__(self, module): self._module = module
+    def __getattr__(self, name): return getattr(importlib.import_module(self._module), name)
+
 def flop_counter():
     "`measure.flop_counter`."
-    from m2mkd import measure
-    return measure.flop_counter()
+    return late("m2mkd.measure").flop_counter()
 
 # %% ../nbs/00_core.ipynb #a0856550
 _TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
@@ -389,8 +391,7 @@ def _history(first, after):
 
 def parameters(history=None):
     """The `Parameters` of this notebook: what its first cell declares, as papermill's injected cell
-    changes it. ValueError for a name that is not declared, a value of another type, and what cannot
-    be read."""
+    changes it. ValueError: a name not declared, a value of another type, what cannot be read."""
     names = get_ipython().user_ns if history is None else {}
     cells = [c for c in history or names["In"] if c.strip()]
     if not cells:                                                       # nbdev_test keeps no history, and injects nothing

@@ -41,3 +41,36 @@ print(hash_of(Lone(lr=0.5)))
 
 def test_settings_and_their_hash_need_no_torch():
     assert without_torch(SETTINGS) == python(f"import torch\n{SETTINGS}")
+
+
+HEAVY = ("kornia", "datasets", "sklearn", "torchmetrics", "pandas", "pyarrow", "matplotlib", "seaborn",
+         "networkx", "scipy.stats", "scipy.optimize", "IPython")
+EXPECTED = "torchmetrics", "pandas", "pyarrow", "matplotlib", "scipy.stats", "scipy.optimize"
+LISTED = "import {module}, sys\nprint(*sys.modules)"
+
+
+@pytest.fixture(scope="module")
+def loaded(): return set(python(LISTED.format(module="m2mkd.pipeline, m2mkd.nac")).split())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(n in EXPECTED, reason=(
+    "evaluate's torchmetrics and pipeline's pandas are still to be loaded when used"))) for n in HEAVY])
+def test_loaded_when_used(loaded, name):
+    assert "m2mkd.pipeline" in loaded and name not in loaded
+
+
+NEUTRAL = """
+import pickle, random, sys
+import numpy as np, torch, timm
+def states(): return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+before = states()
+for name in {names}:
+    __import__(name)
+    assert states() == before, name
+"""
+
+
+def test_what_is_loaded_late_draws_no_random_number():
+    "Else the first block of `seeded` in which it is loaded would differ from the second."
+    names = [n for n in HEAVY if n not in ("IPython", "seaborn", "matplotlib")]
+    python(NEUTRAL.format(names=[*names, "kornia.enhance", "pyarrow.parquet", "sklearn.datasets"]))
