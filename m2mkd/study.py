@@ -341,7 +341,8 @@ class Study(Cells):
         """All health tables in the study's folder (accuracies 0..1, KL in nats), with the name and
         seed of the modules that they are about."""
         found = [s.health() for s in stages_in(self.folder).values() if "hybrids" in s.results]
-        return pd.concat([t.reset_index() for t in found]) if found else pd.DataFrame()
+        if not found: return pd.DataFrame()
+        return pd.concat([t.reset_index() for t in found], ignore_index=True)
 
     def cost(self):
         "What all arms needed, and what only tuning did, each stage once: TFLOP and seconds."
