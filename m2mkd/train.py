@@ -346,7 +346,10 @@ def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     "Train into `folders` {name: Folder}, which this thread owns, what is not done in them; {name: content of done.json}."
     done = {n: d for n, f in folders.items() if (d := f.done())}
     todo = {n: f.begin(record[n]) for n, f in folders.items() if n not in done}
-    for n in done: load(phase.trains[n], folders[n].weights())
+    for n in done:
+        if folders[n].stored(): load(phase.trains[n], folders[n].weights())
+        else: print(f"{n}: done, and its weights are not here: this model stays as it was given; "
+                    f"remove {folders[n].path} to train it again", flush=True)
     for files in _take_up(todo).values() if todo else ():
         group = Phase({n: phase.trains[n] for n in files}, phase.loss, phase.fixed)
         theirs = {n: folders[n] for n in files}
@@ -362,9 +365,11 @@ FOLDERS = Kind.of("dict", "{name: folder}")
 @checked
 def train(phase: PHASE, batches, settings: TRAINING, folders: FOLDERS, record=None, evaluate=None,
           runtime: RUNTIME = Runtime()):
-    """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
-    done before, or by another process meanwhile; threads of one process take turns. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader:
-    then a resumed run is not equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
+    """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their
+    folders' weights, also where they were done before (a line says where those are missing), or by another
+    process meanwhile; threads of one process take turns. `batches`: `Batches`, or any iterable of (images,
+    labels) with a length, such as a DataLoader: then a resumed run is not equal to the bit. `record`: {name:
+    settings to keep}, by default `settings`."""
     if folders.keys() != phase.trains.keys():
         raise ValueError(f"folders are for {', '.join(folders)}, but what trains is {', '.join(phase.trains)}")
     settings = settings.decaying("matrices")

@@ -155,14 +155,20 @@ def test_done_is_not_trained_again(run, tmp_path):
     assert files(tmp_path/"once/a") == ["done.json", "metrics.jsonl", "model.safetensors", "settings.json"]
     assert done["a"]["steps"] == 10 and done["a"]["flops"] > 0 and done["a"]["results"]["images"] == 20
 
-def test_missing_weights_are_made_again(run, tmp_path):
-    run("once")
-    run("again")
+def test_what_is_done_and_has_no_weights_is_left_alone(run, tmp_path, capsys):
+    "A line says so; the other model of its group goes on, and its facts are those of a run that nobody disturbed."
+    run("once"), run("again")
+    done = (tmp_path/"again/a/done.json").read_bytes()
     (tmp_path/"again/a/model.safetensors").unlink()
-    assert Folder(tmp_path/"again/a").done() is None
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"): Folder(tmp_path/"again/a").weights()
+    capsys.readouterr()
+    run("again", stop=0)
+    assert f"a: done, and its weights are not here: this model stays as it was given; remove {tmp_path/'again/a'}" in capsys.readouterr().out
+    for f in (tmp_path/"again/b").iterdir(): f.unlink()
     run("again")
-    assert same(tmp_path/"once/a", tmp_path/"again/a")
+    assert done == (tmp_path/"again/a/done.json").read_bytes() and files(tmp_path/"again/a") == ["done.json", "metrics.jsonl", "settings.json"]
+    metrics, _, weights = kept(tmp_path/"again/b")
+    assert metrics == kept(tmp_path/"once/b")[0] and all(torch.equal(v, weights[k]) for k, v in kept(tmp_path/"once/b")[2].items())
 
 
 # --- what the numbers are ---
