@@ -96,6 +96,7 @@ class Stitched(Model):
     student: Model
     meta: Model
     norm: bool = False
+    links = property(lambda self: self.student.links)
 
     def build(self, classes, image_size):
         student, meta = self.student.alone(classes, image_size), self.meta.build(classes, image_size)
