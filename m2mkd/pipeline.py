@@ -154,7 +154,7 @@ def defaulted(call):
     def filled(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        for name in {"task", "training", "seed"} & given.arguments.keys():
+        for name in (n for n in ("task", "training", "seed") if n in given.arguments):
             if given.arguments[name] is None: given.arguments[name] = getattr(args[0], name)
             if given.arguments[name] is None:
                 raise TypeError(f"{call.__qualname__}: no {name} is given, neither here nor to the Lab: "
