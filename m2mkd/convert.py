@@ -229,6 +229,7 @@ class PublishedViT(Model):
     depths: tuple[int, ...]
     options: dict = {}
     checkpoint: str | tuple[str, ...] | None = None
+    links = property(lambda self: len(self.depths))
 
     def _settings(self, classes, image_size):
         own = dict(model_name=self.name, divided_depths=list(self.depths))

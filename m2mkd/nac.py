@@ -284,6 +284,7 @@ class NAC(Model):
     pool: Settings = Pooling()
     regularisers: tuple[Settings, ...] = ()
     code: Literal["fixed", "learned"] = "fixed"
+    links = property(lambda self: self.propagators + 2)
 
     def __init__(self, /, *unnamed, **values):
         super().__init__(*unnamed, **values)
@@ -315,7 +316,6 @@ class NAC(Model):
         return circuit
 
     def alone(self, classes, image_size):
-        "The chain of the modules alone."
         if self.share != "nothing": raise ValueError(f"share = {self.share!r}: modules that share weights cannot be trained alone; build the NAC with share='nothing'")
         modules = self._modules(StudentReadIn, StudentPropagator, StudentReadOut, classes, image_size)
         for i, m in enumerate(modules): m.isolate(self, state=i in (0, len(modules) - 1))

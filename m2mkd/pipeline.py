@@ -96,6 +96,7 @@ class Stitched(Model):
     student: Model
     meta: Model
     norm: bool = False
+    links = property(lambda self: self.student.links)
 
     def build(self, classes, image_size):
         student, meta = self.student.alone(classes, image_size), self.meta.build(classes, image_size)
@@ -153,7 +154,7 @@ def defaulted(call):
     def filled(*args, **kwargs):
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        for name in {"task", "training", "seed"} & given.arguments.keys():
+        for name in (n for n in ("task", "training", "seed") if n in given.arguments):
             if given.arguments[name] is None: given.arguments[name] = getattr(args[0], name)
             if given.arguments[name] is None:
                 raise TypeError(f"{call.__qualname__}: no {name} is given, neither here nor to the Lab: "

@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 
 from .chain import assemble, load, renew
 from .checkpoint import read, unwrap
-from .core import Settings, known
+from .core import Settings, hash_of, known, seeded
 from .families import (BEFORE, TOKENS, Embed, Head, check_patch, check_size, classifiers, create,
                             from_chain, is_vit, reset_rest, resize_bias, thin_chain, to_chain)
 from .products import with_linear
@@ -119,6 +119,8 @@ def from_jax(state, vit, path):
     return {k: v for k, v in twin.state_dict().items() if not v.isnan().all()}
 
 # %% ../nbs/03_vit.ipynb #d7d413a2
+_built = {}                                 # (class, hash of the settings) -> modules of its chain
+
 class Model(Settings):
     "Settings of a model: subclasses say how to `build` the chain."
     decays: ClassVar[str] = "matrices"     # what decays where a whole model trains, by its published recipe
@@ -134,6 +136,20 @@ class Model(Settings):
     def assemble(self, chain, states, rules=()):
         "Load the states of modules that were trained alone into `chain`; returns the keys treated by a rule."
         return assemble(chain, states, rules)
+
+    @property
+    def links(self):
+        """The number of modules of its chain. Where the settings say it, a subclass tells it from
+        them; here the chain is built, once, for two classes and images of 32 (or else 224) pixels."""
+        key = type(self), hash_of(self)
+        for size in () if key in _built else (32, 224):
+            try:
+                with seeded(0, "links"): _built[key] = len(self.build(2, size))
+                break
+            except Exception as e: why = f"{type(e).__name__}: {e}".splitlines()[0]
+        if key in _built: return _built[key]
+        raise ValueError(f"{type(self).__name__} does not say of how many modules it is (give it a "
+                         f"property links), and does not build on images of {size} px: {why}")
 
     def check_training(self):
         "A ValueError for settings that can be loaded and evaluated, but not trained."
@@ -151,6 +167,7 @@ class Timm(Model):
     pretrained: bool = False
     checkpoint: str | None = None
     options: dict = {}
+    links = property(lambda self: len(self.depths))
 
     def together(self):
         if self.pretrained and self.checkpoint is not None:
@@ -192,6 +209,7 @@ class Meta(Model):
     """The meta model of a timm model: as many modules as `like`, one block each (a ConvNet's: see
     `families.thin_chain`)."""
     like: Timm
+    links = property(lambda self: self.like.links)
 
     def build(self, classes, image_size):
         like = self.like.but(pretrained=False, checkpoint=None)

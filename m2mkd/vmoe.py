@@ -241,6 +241,7 @@ def positions_of(mixtures, blocks):
 class VMoE(Gating, Model):
     "A V-MoE in modules of `depths` blocks, with the settings of `Gating`; the defaults are V-MoE-Base with FastMoE's gate."
     depths: tuple[int, ...] = (3, 3, 3, 3)
+    links = property(lambda self: len(self.depths))
     width: PositiveInt = 768
     heads: PositiveInt = 12
     patch: PositiveInt = 16

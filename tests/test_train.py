@@ -1,11 +1,12 @@
 "The loop: an interrupted run ends as the straight one, to the bit; nothing bad is kept; one clear error for each bad input."
-import os, signal, subprocess, sys
+import io, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
 from torch import nn
+from tqdm import tqdm
 
-from m2mkd import folder as folders
+from m2mkd import folder as folders, train as train_module
 from m2mkd.chain import load as load_strictly
 from m2mkd.core import seeded
 from m2mkd.data import Augment, Batches, load, whole_split
@@ -247,6 +248,18 @@ def test_cost_is_told_before_a_long_run(run, capsys):
     run("one", RICH)
     said = next(line for line in capsys.readouterr().out.splitlines() if "TFLOP" in line)
     assert "a, b: 10 steps of 16 images" in said and "parameters" in said and "min" in said and "GiB" in said
+
+def test_the_bar_shows_loss_and_accuracy(run, tmp_path, monkeypatch):
+    "Means over the models, of what is read anyway."
+    shown = []
+    class Bar(tqdm):
+        def set_postfix_str(self, text, refresh=True): shown.append((text, refresh))
+    monkeypatch.setattr(train_module, "progress", lambda **kwargs: Bar(file=io.StringIO(), **{k: v for k, v in kwargs.items() if k != "what"}))
+    run("one", runtime=EVERY_STEP.but(log_steps=3))
+    lines = list(zip(*(Folder(tmp_path/"one"/n).metrics()[1:] for n in "ab")))
+    mean = lambda key, pair: sum(line[key] for line in pair) / 2
+    assert [m["step"] for m, _ in lines] == [3, 5, 6, 9, 10] and shown[0] == (f"loss {mean('loss', lines[0]):.3g}", False)
+    assert [text for text, _ in shown[1:3]] == [f"loss {mean('loss', pair):.3g}, top-1 {mean('top1', lines[1]):.1%}" for pair in lines[1:3]]
 
 
 # --- bad input ---
