@@ -2,18 +2,21 @@
 import importlib, json, re, shutil, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from m2mkd.core import read_json, sha256, write_json
 from m2mkd.folder import Folder
 from m2mkd.lock import owned
+from m2mkd.stage import stages_in
+from m2mkd.study import Study
 
 root = Path(__file__).resolve().parents[1]
 runs, frozen = root/"runs", root/"tests/frozen"
 MICRO = runs/"nac_tiny_imagenet/micro"
 
 sys.path.insert(0, str(root/"tools"))
-move = importlib.import_module("move")
+move, facts = (importlib.import_module(name) for name in ("move", "facts"))
 
 
 def stages(folder): return sorted(p.parent for p in Path(folder).rglob("stages/*/settings.json"))
@@ -66,6 +69,155 @@ def test_health_tables_say_whose_they_are():
         assert done["seed"] == read_json(found[inputs[-1]]/"settings.json")["seed"]
         assert ("student" in done["results"]["hybrids"][0]) == (roles[2] is not None)
     assert len(tables) == 37
+
+
+# --- the numbers ---
+
+STUDIES = sorted(p.stem for p in (frozen/"results").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def both(request):
+    "A study as it is read today, and the content of its results.json before the move."
+    experiment, name = next(p.parts[-2:] for p in runs.glob("*/*")
+                            if "_".join(p.parts[-2:]) == request.param)
+    return Study.read(runs/experiment/name), read_json(frozen/f"results/{request.param}.json")
+
+
+def close(a, b): return a == pytest.approx(b, rel=1e-12, abs=1e-12)
+
+
+def rows(table, **where):
+    for key, value in where.items(): table = table[table[key] == value]
+    return table.to_dict("records")
+
+
+def test_each_arm_and_seed_has_the_numbers_of_before(both):
+    study, before = both
+    table = study.per_seed().assign(tflop=lambda t: t.trained / 1e12)
+    keys = [*study.factors, "arm", "seed"]
+    found = rows(table)
+    assert [{k: r[k] for k in keys} for r in before["arms"]] == [
+        {k: r[k] for k in keys} for r in found[:len(before["arms"])]]
+    for row, now in zip(before["arms"], found):
+        for key in row.keys() - {*keys}: assert close(now[key], row[key]), (row, now)
+    control = [("E2E, equal compute", 0)] if study.experiment == "nac_tiny_imagenet" else []
+    assert [(r["arm"], r["seed"]) for r in found[len(before["arms"]):]] == control
+
+
+def test_means_are_those_of_before(both):
+    study, before = both
+    for row in rows(study.table()):
+        its = {k: row[k] for k in (*study.factors, "arm")}
+        old = [r for r in before["arms"] if its.items() <= r.items()]
+        if not old: continue
+        assert row["n"] == len(old) == 3
+        for now, then in (("mean", "top1"), ("start", "start"), ("epochs", "epochs"),
+                          ("trained", "tflop"), ("seconds", "seconds")):
+            if then in old[0]: assert close(row[now], np.mean([r[then] for r in old]))
+        assert close(row["sd"], np.std([r["top1"] for r in old], ddof=1))
+
+
+def compared(study):
+    "Rows of differences, each with the names that the old file gave it."
+    if study.experiment == "vmoe_tiny_imagenet": return rows(study.differences())
+    if study.experiment == "nac_tiny_imagenet":
+        return rows(study.differences(only=["m2mKD"], mean_over="prior"))
+    def named(row, **of): return {k: f"{r['routing']} {r['arm']}" for k, r in
+                                  (("model", row), ("against", row | of))} | row_of(row)
+    def row_of(row): return {k: v for k, v in row.items() if k != "against"}
+    arms = rows(study.differences(along="routing", baseline="plain"))
+    return ([named(r, routing="plain") for r in arms]
+            + [named(r, arm="E2E") for r in rows(study.differences())])
+
+
+def test_differences_and_intervals_are_those_of_before(both):
+    "Means, t-intervals over seeds, bootstrap intervals over images, in the order of before or not."
+    study, before = both
+    now = compared(study)
+    names = before["differences"][0].keys() - {"difference", "t_low", "t_high", "bootstrap_low",
+                                               "bootstrap_high"}
+    for row in before["differences"]:
+        (found,) = [r for r in now if all(r[k] == row[k] for k in names)]
+        for key in row.keys() - names: assert close(found[key], row[key]), (key, row, found)
+    assert len(now) == len(before["differences"])
+
+
+def test_tables_beside_the_arms_are_those_of_before(both):
+    study, before = both
+    for name in before.keys() - {"arms", "differences", "hybrids"}:
+        for row, now in zip(before[name], rows(study[name]), strict=True):
+            for key, value in row.items():
+                assert now[key] == value or close(now[key], value) or value != value != now[key]
+    for seed, table in before.get("hybrids", {}).items():
+        for row, now in zip(table, rows(study["hybrids"], seed=int(seed)), strict=True):
+            assert {k: now[k] for k in row} == row
+            held = rows(study.health(), seed=int(seed), module=row["module"], stage="distill")
+            assert [{k: r[k] for k in row} for r in held] == [row]
+
+
+# --- what was added ---
+
+def test_teachers_passes_are_a_part_of_every_module_that_had_one():
+    n = 0
+    for folder in sorted(p.parent for p in runs.rglob("stages")):
+        for s in stages_in(folder).values():
+            assert ("teacher_flops" in s.done) == (s.teacher is not None), s.path
+            if s.teacher is None: continue
+            assert 0 < s.teacher_flops < s.flops and "teacher_flops" in s.done["added"]
+            n += 1
+    assert n == 100
+
+
+@pytest.mark.parametrize("study, name, index", [
+    ("nac_tiny_imagenet/micro", "distill-0-s0", 0), ("vmoe_tiny_imagenet/transfer", "fit-0-s0", 0)])
+def test_teachers_passes_are_what_is_counted(study, name, index):
+    "For NAC the code of its time (commit bd510c6) counts the same 150,716,448,768."
+    (path,) = (runs/study/"stages").glob(f"{name}-*")
+    by_module = {s.settings["module"]: s for s in stages_in(runs/study).values()
+                 if {**s.settings, "module": 0} == read_json(path/"settings.json")}
+    its, both = facts.teacher_flops([by_module[i] for i in sorted(by_module)])
+    assert its == by_module[0].teacher_flops
+    if name.startswith("fit"): assert both == by_module[0].flops
+
+
+def test_predictions_and_labels_give_the_recorded_accuracy():
+    "Each set of labels has as many images of every class in a split."
+    n = 0
+    for folder in sorted(p.parent for p in runs.rglob("stages")):
+        for s in stages_in(folder).values():
+            if not (s.path/"predictions.json").exists(): continue
+            assert abs(s.correct().mean() - s.results["top1"]) < 1e-6
+            assert len(set(np.bincount(s.labels()))) == 1 and len(s.labels()) == s.results["images"]
+            n += 1
+    assert n == 114
+
+
+def test_settings_name_question_parameters_and_origin():
+    for folder in runs.glob("*/*"):
+        said = read_json(folder/"settings.json")
+        assert [said["experiment"], said["study"]] == [*folder.parts[-2:]]
+        assert said["question"] and len(said["commit"]) == 40 and said["environment"]
+        assert said["parameters"]["smoke"] is False
+        notebook = (folder/"notebook.ipynb").read_text()
+        assert said["question"][:40] in notebook and "injected-parameters" in notebook
+        tables = read_json(folder/"results.json")["tables"]
+        assert read_json(folder/"results.json")["main"] and isinstance(tables, dict)
+    transfer = read_json(runs/"vmoe_tiny_imagenet/transfer/settings.json")["parameters"]
+    assert transfer["epochs_finetune"] == [24, 6] and transfer["top_k"] == 2
+
+
+def test_graphs_have_the_links_of_their_titles():
+    "The numbers in the titles of the figure that they were read back from."
+    counts = {"scale-free": [60, 57, 57], "planted-partition": [169, 112, 112],
+              "ring-of-cliques": [116, 113, 109], "erdos-renyi": [53, 51, 53]}
+    found = read_json(MICRO/"graphs.json")
+    assert found["nodes"] == 32 and "60d1452" in found["source"]
+    for prior, wanted in counts.items():
+        its = [g for g in found["graphs"] if g["prior"] == prior]
+        assert [g["when"] for g in its] == ["before", "E2E", "m2mKD"]
+        assert [len(g["links"]) for g in its] == wanted
+        assert all(0 <= a < b < 32 and 0.39 < p < 1 for g in its for a, b, p in g["links"])
 
 
 # --- the script, on a folder of the time before ---
