@@ -295,3 +295,37 @@ def test_what_is_not_understood_is_named_and_nothing_moves(tmp_path):
     with owned(teacher): told(tmp_path, teacher.name, "is in the making: process")
     shutil.rmtree(teacher)
     told(tmp_path, "hybrids-", "was built from", teacher.name[-12:], "which is not below")
+
+
+# --- the script that adds facts, on a study that has none ---
+
+def test_old_results_become_the_committed_ones(tmp_path):
+    "The stage of each arm and seed is found by the records; once done, nothing more is."
+    folder = tmp_path/"nac_tiny_imagenet/micro"
+    shutil.copytree(MICRO, folder)
+    (folder/"settings.json").unlink()
+    shutil.copy(frozen/"results/nac_tiny_imagenet_micro.json", folder/"results.json")
+    assert facts.add_results(folder, list(stages_in(folder).values()))
+    for name in ("settings.json", "results.json"):
+        assert read_json(folder/name) == read_json(MICRO/name)
+    stages = list(stages_in(folder).values())
+    assert not facts.add_results(folder, stages) and not facts.add_teacher_flops(stages)
+    assert facts.add_labels(folder, stages) == 0
+
+
+def test_numbers_that_are_not_the_recorded_ones_are_named(tmp_path):
+    folder = tmp_path/"nac_tiny_imagenet/micro"
+    shutil.copytree(MICRO, folder)
+    stages = list(stages_in(folder).values())
+    old = read_json(frozen/"results/nac_tiny_imagenet_micro.json")
+    old["arms"][3]["top1"] += 1e-9
+    write_json(folder/"results.json", old)
+    with pytest.raises(ValueError, match="says top1 = .* of m2mKD_scale-free-s1-"):
+        facts.add_results(folder, stages)
+    (labels,) = (folder/"labels").iterdir()
+    write_json(labels, read_json(labels)[::-1])
+    with pytest.raises(ValueError, match="of its predictions are right by"):
+        facts.add_labels(folder, stages)
+    assert facts.cells_of(facts.nac, stages).keys() == {
+        (("arm", r["arm"]), ("prior", r["prior"]), ("seed", r["seed"]))
+        for r in read_json(MICRO/"results.json")["arms"]}
