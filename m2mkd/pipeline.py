@@ -199,7 +199,7 @@ class Lab:
             todo = {n: p for n, p in paths.items() if not Folder(p).check(records[n]).finished()}
             for s in inputs if todo else (): s.check_weights()
             if todo: run(todo)
-        make = functools.partial(self._again, run) if self.again else None
+        make = functools.partial(self._again, run, paths) if self.again else None
         return [Stage(p, tuple(inputs), make) for p in paths.values()]
 
     def _trains(self, records, task, training, seed, make):
@@ -222,15 +222,18 @@ class Lab:
                 folder.begin(record).finish(device, **facts)
         return run
 
-    def _again(self, run, stage):
-        "Make the missing weights of a done `stage` once more, in a folder of its own; see `adopt`."
-        made = self.root/".again"/stage.path.name
-        with stopping(stage.name), owned(stage.path):
-            if stage.stored: return
-            print(f"{stage.name}: its weights are not here and are made again; it took "
-                  f"{stage.seconds:,.0f} s by its record", flush=True)
-            run({stage.name: made})
-            adopt(stage, Folder(made))
+    def _again(self, run, paths, stage):
+        """Make the missing weights of a done `stage` once more, with those of the modules that trained
+        beside it ({name: path}), in folders of their own; see `adopt`."""
+        with stopping(stage.name), owned(*paths.values()):
+            lost = {n: Stage(p) for n, p in paths.items() if not Folder(p).stored()}
+            if stage.name not in lost: return
+            seconds = sum(s.seconds for s in lost.values())
+            print(f"{', '.join(lost)}: the weights are not here and are made again; it took "
+                  f"{seconds:,.0f} s by the record", flush=True)
+            made = {n: self.root/".again"/s.path.name for n, s in lost.items()}
+            run(made)
+            for n, s in lost.items(): adopt(s, Folder(made[n]))
 
     def _built(self, model, task, seed):
         images = self.images(task)[0]

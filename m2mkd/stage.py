@@ -6,7 +6,7 @@
 __all__ = ['blank', 'Stage', 'load', 'stages_in', 'Compute', 'compute', 'cost', 'Pairs', 'called', 'told', 'adopt', 'rounded']
 
 # %% ../nbs/10c_stage.ipynb #5a9e0004
-import math, os, shutil
+import contextlib, math, os, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,6 +278,7 @@ def adopt(stage, made):
         (here/"done.json").unlink()
     for name in names: os.replace(made/name, here/name)
     shutil.rmtree(made.path)
+    with contextlib.suppress(OSError): made.path.parent.rmdir()             # if it was the last
 
 def rounded(name, state):
     "A state dict in float16; a ValueError where a number is too large for it, or all for a shared file."
