@@ -17,7 +17,7 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
     "bars checkpoint core folder lock measure products stop",
-    "augment chain data families given graphs layouts optimizer pixels sources vit",
+    "augment chain data families given graphs layouts optimizer pixels sources stats vit",
     "arguments modulated nac phase plain routing tokenizers train vmoe",
     "convert convert_nac distill evaluate",
     "pipeline report")) for name in names.split()}
