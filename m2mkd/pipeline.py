@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -366,6 +365,7 @@ class Lab:
                floor: FLOOR = None):
         """Table of top-1 accuracies, a row a module: meta model, teacher hybrid, student hybrid, and the KL (nats) between the last two.
         `teacher`: a Stage or one Stage a module. HybridError where a teacher hybrid is worse than `floor` (by default the lab's) times the meta model."""
+        import pandas as pd                             # loaded when used: it takes a second
         sources = [meta, *([teacher] if isinstance(teacher, Stage) else teacher), *students]
         check_images("health", **sets_of(sources, self.images(task)[0]))
         record = dict(name="hybrids", inputs=[s.hash for s in sources], task=to_plain(task), images=self.sets[task][2])
