@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import m2mkd
+
 root = Path(__file__).resolve().parents[1]
 experiments = sorted((root/"nbs/experiments").glob("*.ipynb"))
 shown_to_all = sorted((root/"nbs").rglob("[!_.]*.ipynb")) + sorted((root/"runs").rglob("*.ipynb"))
@@ -186,14 +188,8 @@ def imports(source):
     "Modules that a cell imports, in its functions too; of ours without `m2mkd.`."
     for node in ast.walk(ast.parse(plain(source))):
         if isinstance(node, ast.Import): yield from (a.name.removeprefix("m2mkd.") for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "m2mkd": yield from (home(a.name) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "m2mkd": yield from (m2mkd._home.get(a.name, a.name) for a in node.names)
         elif isinstance(node, ast.ImportFrom): yield node.module.removeprefix("m2mkd.")
-
-def home(name):
-    "The module from which `from m2mkd import name` takes it."
-    text = (root/"m2mkd/__init__.py").read_text()
-    listed = [m[1] for m in re.finditer(r"(\w+)[\"']?\s*[=:]\s*[\"'{(\[]([^\"'})\]]*)", text) if name in m[2].split()]
-    return next(iter(listed), name)
 
 def heavy(source):
     ours = {p.stem for p in (root/"m2mkd").glob("[!_]*.py")}
