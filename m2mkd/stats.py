@@ -40,8 +40,8 @@ def t_interval(differences, confidence=0.95):
     return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
 
 def t_test(differences):
-    """Two-sided p-value (0..1) of Student's paired t-test: as rare is a mean this far from 0 if there
-    is no difference. 1 where all differences are 0."""
+    """Two-sided p-value (0..1) of Student's paired t-test: as rare is a mean this far from 0 if
+    there is no difference. 1 where all differences are 0."""
     d = _numbers(differences, "t_test", 2)
     error = d.std(ddof=1) / np.sqrt(len(d))
     if not d.any(): return 1.0
@@ -49,8 +49,9 @@ def t_test(differences):
 
 # %% ../nbs/09b_stats.ipynb #78d21d89
 def signed_rank(differences):
-    """Two-sided p-value (0..1) of Wilcoxon's signed-rank test, exact up to 13 seeds, also with ties;
-    zeros are left out (Wilcoxon 1945). NaN with fewer than six differences: none could be below 5 %."""
+    """Two-sided p-value (0..1) of Wilcoxon's signed-rank test, exact up to 13 seeds, also with
+    ties; zeros are left out (Wilcoxon 1945). NaN with fewer than six differences: none could be
+    below 5 %."""
     d = _numbers(differences, "signed_rank", 1)
     if len(d) < 6: return float("nan")
     if not d.any(): return 1.0
@@ -72,13 +73,14 @@ def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
     total, images = np.atleast_2d(a - b).sum(0), a.shape[-1]
     seeds = len(np.atleast_2d(a))
     values, counts = np.unique(total, return_counts=True)
-    drawn = np.random.default_rng(seed_of(seed, "bootstrap")).multinomial(images, counts / images, size=n)
+    rng = np.random.default_rng(seed_of(seed, "bootstrap"))
+    drawn = rng.multinomial(images, counts / images, size=n)
     low, high = np.quantile(drawn @ values / (images * seeds), [tail, 1 - tail])
     return Interval(float(total.mean() / seeds), float(low), float(high))
 
 # %% ../nbs/09b_stats.ipynb #ab41dd1b
 def holm(ps):
-    "Holm's adjusted p-values of a family of tests, in the given order; NaN is no test and stays NaN."
+    "Holm's adjusted p-values of a family of tests, in the given order; NaN is no test, stays NaN."
     p = np.asarray(ps, dtype=np.float64)
     if p.ndim != 1 or not ((0 <= p) & (p <= 1) | np.isnan(p)).all():
         raise ValueError(f"holm needs p-values in a row, each from 0 to 1, got {p.tolist()}")
