@@ -15,7 +15,7 @@ help:  ## this list
 
 quickstart: .venv/notebooks.stamp  ## the whole method on embedded data: a table here, the executed notebook under runs/quickstart
 	@mkdir -p runs/quickstart
-	$(B)/python -m papermill nbs/experiments/quickstart.ipynb runs/quickstart/quickstart.ipynb -p smoke False $(PARAMETERS)
+	$(B)/python -m papermill nbs/experiments/quickstart.ipynb runs/quickstart/quickstart.ipynb $(PARAMETERS)
 	@$(B)/python tools/show.py runs/quickstart/quickstart.ipynb
 
 test: .venv/dev.stamp  ## what CI runs: generated files in sync, library notebooks, experiments with smoke defaults, pytest
@@ -23,8 +23,8 @@ test: .venv/dev.stamp  ## what CI runs: generated files in sync, library noteboo
 	$(B)/python tools/smoke.py
 	$(B)/python -m pytest
 
-lab: .venv/notebooks.stamp  ## JupyterLab on the notebooks
-	$(B)/python -m jupyterlab nbs
+lab: .venv/notebooks.stamp  ## JupyterLab at the root of the repository, so that pictures and links in notebooks work
+	$(B)/python -m jupyterlab nbs/index.ipynb
 
 export: .venv/dev.stamp  ## the package from the notebooks
 	$(B)/python tools/sync.py export

@@ -42,7 +42,7 @@ def recorded():
 
 def number(x):
     "A NumPy or torch scalar as Python's number; anything else as it is."
-    kinds = np.generic, getattr(sys.modules.get("torch"), "Tensor", np.generic)    # no torch: no tensors
+    kinds = np.generic, getattr(sys.modules.get("torch"), "Tensor", np.generic)   # or no tensor yet
     return x.item() if isinstance(x, kinds) and x.ndim == 0 else x
 
 _PLAINLY = {"model_type": "should be {class_name}(...)",
@@ -204,15 +204,15 @@ if hasattr(os, "register_at_fork"):      # what another thread held, nobody woul
 def seeded(seed, what, step=0):
     "Inside, Python, numpy, torch draw from (seed, what, step), outside as before; threads in turn."
     import torch
-    s, cuda = seed_of(seed, what, step), torch.cuda.is_available() and torch.cuda.is_initialized()
+    s = seed_of(seed, what, step)
     with _drawing:
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        cuda_before = torch.cuda.get_rng_state() if cuda else None
+        torches = (torch, torch.cuda) if torch.cuda.is_initialized() else (torch,)
+        before = random.getstate(), np.random.get_state(), [t.get_rng_state() for t in torches]
         random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
         try: yield
         finally:
-            random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
-            if cuda: torch.cuda.set_rng_state(cuda_before)
+            random.setstate(before[0]); np.random.set_state(before[1])
+            for t, state in zip(torches, before[2]): t.set_rng_state(state)
 
 # %% ../nbs/00_core.ipynb #8dccae15
 @contextlib.contextmanager

@@ -80,8 +80,7 @@ def paired_bootstrap(correct_a, correct_b, seed, n=10000, confidence=0.95):
 
 # %% ../nbs/09b_stats.ipynb #ab41dd1b
 def holm(ps):
-    """Holm's adjusted p-values of a family of tests, in the given order; NaN is no test and stays
-    NaN."""
+    "Holm's adjusted p-values of a family of tests, in the given order; NaN is no test, stays NaN."
     p = np.asarray(ps, dtype=np.float64)
     if p.ndim != 1 or not ((0 <= p) & (p <= 1) | np.isnan(p)).all():
         raise ValueError(f"holm needs p-values in a row, each from 0 to 1, got {p.tolist()}")

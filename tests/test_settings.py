@@ -79,7 +79,7 @@ def test_a_small_run_keeps_what_is_given(path):
     assert rules
     for name, value in vars(parameters([cells[0]])).items():
         if name == "smoke": continue
-        P = parameters([cells[0], f"# Parameters\n{name} = {another(value)!r}"])
+        P = parameters([cells[0], f"# Parameters\nsmoke = True\n{name} = {another(value)!r}"])
         try:
             for rule in rules: exec(rule, {"P": P})
         except ValueError as e: assert f"parameter {name} = " in str(e)
