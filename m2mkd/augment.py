@@ -10,8 +10,6 @@ __all__ = ['OPERATIONS', 'rand_numbers', 'Augment', 'draws', 'crop_flip', 'rand_
 import math, re
 from functools import partial
 
-import kornia.enhance as ke
-import kornia.geometry.transform as kt
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
@@ -19,7 +17,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.auto_augment import RandAugment
 from timm.data.mixup import mixup_target
 
-from .core import Settings, generator, seeded
+from .core import Settings, generator, late, seeded
+
+# %% ../nbs/02b_augment.ipynb #c22eff3f
+ke, kt = late("kornia.enhance"), late("kornia.geometry.transform")
 
 # %% ../nbs/02b_augment.ipynb #6fdf7e53
 def rand_numbers(text):

@@ -9,7 +9,6 @@ __all__ = ['progress']
 import contextlib, functools, io, os, sys, textwrap
 from pathlib import Path
 
-import psutil
 from tqdm import tqdm
 
 # %% ../nbs/00d_bars.ipynb #dd969711
@@ -27,6 +26,7 @@ def _papermill(words):
 
 def _starter():
     "The command line of the process that started this one; empty where nobody may see it."
+    import psutil
     with contextlib.suppress(psutil.Error): return psutil.Process(os.getppid()).cmdline()
     return []
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'known', 'recorded', 'number', 'Settings', 'registered', 'to_plain', 'from_plain', 'bases', 'identity',
-           'hash_of', 'seed_of', 'generator', 'seeded', 'named', 'whole', 'write_json', 'read_json', 'sha256',
+           'hash_of', 'seed_of', 'generator', 'seeded', 'named', 'whole', 'write_json', 'read_json', 'sha256', 'late',
            'flop_counter', 'Parameters', 'parameters', 'progress']
 
 # %% ../nbs/00_core.ipynb #5cbd519d
@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Annotated, ClassVar, get_args, get_origin
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from .bars import progress
@@ -32,7 +31,6 @@ def known(name, names, what):
 
 # %% ../nbs/00_core.ipynb #b452825e
 _classes = {}  # short name -> {module: the class of this name that was defined in it last}
-
 _recorded = contextvars.ContextVar("recorded", default=False)     # true while a record is read
 
 @contextlib.contextmanager
@@ -44,8 +42,8 @@ def recorded():
 
 def number(x):
     "A NumPy or torch scalar as Python's number; anything else as it is."
-    return x.item() if isinstance(x, (np.generic, torch.Tensor)) and x.ndim == 0 else x
-
+    kinds = np.generic, getattr(sys.modules.get("torch"), "Tensor", np.generic)    # no torch: no tensors
+    return x.item() if isinstance(x, kinds) and x.ndim == 0 else x
 
 _PLAINLY = {"model_type": "should be {class_name}(...)",
             "tuple_type": "should be a tuple, with a comma: (x,)"}
@@ -185,8 +183,7 @@ def identity(x):
     return _walk(from_plain(x), _essence)
 
 def hash_of(*things):
-    """Twelve hexadecimal digits that depend on the `identity` of `things` (settings or plain data)
-    and on nothing else."""
+    "Twelve hexadecimal digits, of the `identity` of `things` (settings or plain data) alone."
     return hashlib.sha256(_text(identity(things)).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #89f78083
@@ -196,6 +193,7 @@ def seed_of(seed, what, step=0):
 
 def generator(seed, what, step=0, device="cpu"):
     "A torch generator on `device`, seeded by (seed, what, step)."
+    import torch
     return torch.Generator(device).manual_seed(seed_of(seed, what, step))
 
 _drawing = threading.RLock()
@@ -205,17 +203,16 @@ if hasattr(os, "register_at_fork"):      # what another thread held, nobody woul
 @contextlib.contextmanager
 def seeded(seed, what, step=0):
     "Inside, Python, numpy, torch draw from (seed, what, step), outside as before; threads in turn."
-    with _drawing, _seeded(seed, what, step): yield
-
-@contextlib.contextmanager
-def _seeded(seed, what, step):
+    import torch
     s, cuda = seed_of(seed, what, step), torch.cuda.is_available() and torch.cuda.is_initialized()
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-    random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
-    try: yield
-    finally:
-        random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
-        if cuda: torch.cuda.set_rng_state(before[3])
+    with _drawing:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cuda_before = torch.cuda.get_rng_state() if cuda else None
+        random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
+        try: yield
+        finally:
+            random.setstate(before[0]); np.random.set_state(before[1]); torch.set_rng_state(before[2])
+            if cuda: torch.cuda.set_rng_state(cuda_before)
 
 # %% ../nbs/00_core.ipynb #8dccae15
 @contextlib.contextmanager
@@ -266,10 +263,14 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #ea81d706
+class late:
+    "Stands for a module, which is imported when something of it is asked for."
+    def __init__(self, module): self._module = module
+    def __getattr__(self, name): return getattr(importlib.import_module(self._module), name)
+
 def flop_counter():
     "`measure.flop_counter`."
-    from m2mkd import measure
-    return measure.flop_counter()
+    return late("m2mkd.measure").flop_counter()
 
 # %% ../nbs/00_core.ipynb #a0856550
 _TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
@@ -390,8 +391,7 @@ def _history(first, after):
 
 def parameters(history=None):
     """The `Parameters` of this notebook: what its first cell declares, as papermill's injected cell
-    changes it. ValueError for a name that is not declared, a value of another type, and what cannot
-    be read."""
+    changes it. ValueError: a name not declared, a value of another type, what cannot be read."""
     names = get_ipython().user_ns if history is None else {}
     cells = [c for c in history or names["In"] if c.strip()]
     if not cells:                                                       # nbdev_test keeps no history, and injects nothing

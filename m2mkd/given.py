@@ -9,14 +9,17 @@ __all__ = ['EXPECTED', 'Pairs', 'open_given', 'Stream', 'own_batches']
 import operator
 from functools import partial
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .augment import Augment, normalise
+from .core import late
 from .pixels import decode, from_array
 from .sources import Choice, classes_of, open_split, table_splits_of
+
+# %% ../nbs/02f_given.ipynb #718e0f64
+datasets = late("datasets")
 
 # %% ../nbs/02f_given.ipynb #cf01bab7
 def _pair(item, where):
@@ -59,7 +62,6 @@ class Pairs:
 # %% ../nbs/02f_given.ipynb #0a135b4f
 EXPECTED = ("a name, a folder (pathlib.Path), Data, a datasets.Dataset, a torch Dataset of (image, "
             "label) with a length, or a loaded set")
-_ENDLESS = datasets.IterableDataset, datasets.IterableDatasetDict, IterableDataset
 _NO_SET = str, bytes, dict, torch.nn.Module, torch.Tensor, np.ndarray
 
 def open_given(x, split=None, choice=Choice()):
@@ -67,7 +69,7 @@ def open_given(x, split=None, choice=Choice()):
     kind = type(x).__name__
     if isinstance(x, DataLoader):
         raise TypeError("a DataLoader gives batches: give its dataset, or hand it to train as it is")
-    if isinstance(x, _ENDLESS):
+    if isinstance(x, (datasets.IterableDataset, datasets.IterableDatasetDict, IterableDataset)):
         raise TypeError(f"a {kind} has no length; give a set that has, or hand a loader to train")
     there = {"given": partial(Pairs, x)}
     if isinstance(x, (datasets.Dataset, datasets.DatasetDict)): there = table_splits_of(x, "the given set")

@@ -11,14 +11,15 @@ __all__ = ['PRIORS', 'distance', 'Kernel', 'check_truncation', 'part_size', 'Pri
 import math
 from typing import NamedTuple
 
-import networkx as nx
 import torch
 from pydantic import Field, PositiveInt
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Settings, generator, known, seed_of
+from .core import Settings, generator, known, late, seed_of
+
+# %% ../nbs/04_graphs.ipynb #8369fd47
+nx, optimize = late("networkx"), late("scipy.optimize")
 
 # %% ../nbs/04_graphs.ipynb #9b225793
 def distance(receivers, senders):
@@ -222,5 +223,5 @@ def block_model(probabilities, clusters, p_in=0.9, p_out=0.2, clip=None):
     target = PlantedPartition(clusters=clusters, p_in=p_in, p_out=p_out).probabilities(n).to(probabilities)
     rows = target[::n // clusters, None]                                # one of each cluster: they are equal
     cost = (rows - probabilities.detach()).square().mean(-1).repeat_interleave(n // clusters, 0)
-    _, order = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
+    _, order = optimize.linear_sum_assignment(cost.nan_to_num().cpu().numpy())
     return (probabilities[torch.from_numpy(order)] - target).square().clamp(min=clip or 0.).mean()

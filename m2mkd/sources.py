@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from .core import known
+from .core import known, late
 from .layouts import ARCHIVES, ENDINGS, LAYOUTS, NOTES, Unlabelled, ending, full, image_splits
 from .layouts import kind, labelled, split_name, stand_in, table_splits, walk
+
+# %% ../nbs/02c_sources.ipynb #883cffea
+datasets, pa, pq = late("datasets"), late("pyarrow"), late("pyarrow.parquet")
 
 # %% ../nbs/02c_sources.ipynb #abf52d0b
 def first_line(e):
@@ -60,6 +59,7 @@ class Digits:
 
     def __init__(self, split, choice=Choice()):
         choice.refuse("the digits are embedded", "files", "image", "label")
+        from sklearn.datasets import load_digits
         values, labels = load_digits(return_X_y=True)
         held_out = known(split, ("train", "test"), "split of digits") == "test"
         mine = (rank_in_class(labels) % 5 == 4) == held_out

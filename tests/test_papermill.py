@@ -2,6 +2,7 @@
 import contextlib, os, pty, signal, subprocess, sys, termios, time
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -75,8 +76,8 @@ def test_whose_kernel_it_is(words, whose): assert bars._papermill(words.split())
 
 
 def test_a_starter_that_nobody_may_see(monkeypatch):
-    def gone(pid): raise bars.psutil.NoSuchProcess(pid)
-    monkeypatch.setattr(bars.psutil, "Process", gone)
+    def gone(pid): raise psutil.NoSuchProcess(pid)
+    monkeypatch.setattr(psutil, "Process", gone)
     assert bars._starter() == []
 
 
