@@ -11,10 +11,6 @@ __all__ = ['NAME', 'SEED', 'ONLY', 'FLOOR', 'MODEL', 'STAGE', 'STAGES', 'TEACHER
 import functools, inspect, operator, re, textwrap
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from .chain import evaluating, hybrid
 from .core import seeded
 from .folder import Folder
 
@@ -22,9 +18,10 @@ from .folder import Folder
 def said(value):
     "How an error names what came: short values as they are, others by their type."
     if isinstance(value, type): return f"the class {value.__name__}"
-    if isinstance(value, nn.Module): return f"an nn.Module ({type(value).__name__})"
+    if "Module" in kinds_of(value): return f"an nn.Module ({type(value).__name__})"
     if isinstance(value, (list, tuple)) and value:
-        return f"a {type(value).__name__} of {len(value)}, the first {said(value[0])}"
+        kind = "list" if isinstance(value, list) else "tuple"
+        return f"a {kind} of {len(value)}, the first {said(value[0])}"
     if isinstance(value, Path): return said(str(value))
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
     return _short(value) if plain else f"a {type(value).__name__}"
@@ -181,9 +178,11 @@ STAGES = Kind("a list of finished Stages", in_order, Stage="[stage]", **_MODELS,
 TEACHER = Kind("a finished Stage, or a list of them, one a module", _teacher, **_PATH, **_MODELS)
 FOLDER = Kind.of("str Path", "the folder of a finished stage", _folder,
                  Stage="stage.model() loads it")
-TASK = Kind.of("Task", "a Task", **_SETS, **_NAMED)
+TASK = Kind.of("Task", "a Task", **_SETS, **_NAMED, Runtime="runtime=Runtime(...)",
+               device="runtime=Runtime(device='{value}')", Training="training=Training(...)",
+               Distillation="distillation=Distillation(...)", list="Stages go to students=[...]")
 TRAINING = Kind.of("Training", "a Training", int="Training(epochs={value})",
-                   dict="Training(**...)")
+                   dict="Training(**...)", Distillation="distillation=Distillation(...)")
 DISTILLATION = Kind.of("Distillation", "a Distillation", float="Distillation(alpha={value})",
                        dict="Distillation(**...)")
 RUNTIME = Kind.of("Runtime", "a Runtime", str="Runtime(device={value!r})",
@@ -193,7 +192,9 @@ ROOT = Kind.of("str Path", "the folder for the stages", Path)
 # %% ../nbs/11a_arguments.ipynb #a1d0000a
 def check_chain(what, chain, classes, size):
     "`chain`, if it turns images (1, 3, size, size) into `classes` logits; TypeError or ValueError."
-    if not isinstance(chain, nn.Sequential):
+    import torch
+    from m2mkd.chain import evaluating
+    if not isinstance(chain, torch.nn.Sequential):
         raise TypeError(f"{what}: build returned {said(chain)}; it should return the chain, an "
                         "nn.Sequential of modules (see own_models)")
     image = next(chain.parameters(), torch.zeros(())).new_zeros(1, 3, size, size)
@@ -220,6 +221,7 @@ def check_number(what, modules, host):
 
 def check_pairs(name, chain, host, classes, size, only=None):
     "The numbers of the modules of `chain` to train, if each fits in its place in `host`."
+    from m2mkd.chain import hybrid
     if len(chain) != len(host):
         raise ValueError(f"{name}: {len(chain)} modules for a host of {len(host)}")
     wanted = range(len(chain)) if only is None else only

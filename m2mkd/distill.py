@@ -15,6 +15,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from .core import Settings, known, seeded
+from .measure import tallied
 from .phase import Phase, full, soft_cross_entropy, with_auxiliary
 
 # %% ../nbs/08_distill.ipynb #9b89d740
@@ -105,11 +106,12 @@ def paired(host, modules, settings, seed, match=match_nothing, fixed=(), name="m
         raise TypeError(f"modules is a {type(modules).__name__}: expected {{index: module}}")
     names = {i: f"{name}-{i}" for i in modules}
     if (bad := [i for i in modules if i not in range(len(host))]): raise IndexError(f"module index {bad[0]} is outside 0..{len(host) - 1}")
+    role = "teacher" if match is match_host else "meta"         # whose passes the host's are
 
     def loss(models, x, y, step):
-        flows = prefix(host, x)
+        with tallied(role): flows = prefix(host, x)
         training = {i: models[n] for i, n in names.items() if n in models}
         logits = hybrids(host, training, flows, lambda i: seeded(seed, names[i], step))
-        targets = match(flows, training)
+        with tallied("teacher"): targets = match(flows, training)
         return {names[i]: with_auxiliary(m2mkd_terms(z, targets.get(i), y, **settings.model_dump()), training[i]) for i, z in logits.items()}
     return Phase({names[i]: m for i, m in modules.items()}, loss, (host, *fixed))

@@ -9,13 +9,8 @@ __all__ = ['EXACT', 'code', 'environment', 'moved', 'seal', 'unsealed', 'spoiled
 import contextlib, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from .core import from_plain, named, read_json, sha256, to_plain, whole, write_json
 from .lock import LEASE, LOCK, OWNER, owned
-from .products import rule
 
 # %% ../nbs/00a_folder.ipynb #5583ba21
 def _git(*args):
@@ -35,6 +30,8 @@ def code():
 def environment(device="cpu"):
     """Commit, versions, device name, number of threads; the processor's name and torch's word for what it can do, the BLAS that torch has, and who
     computes large products (`products.rule`). None: not to be found out."""
+    import torch
+    from m2mkd.products import rule
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "accelerate", "kornia", "numpy")}
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine() + " cpu"
     return dict(commit=code(), versions=dict(python=platform.python_version(), **versions),
@@ -98,6 +95,7 @@ def _own_sum(done):
 def spoiled(state, finite=(), where=""):
     """The place of the first NaN in tensors nested in dicts and lists, or of an infinity where it may not be (addresses
     `finite`); else None."""
+    import torch
     if isinstance(state, torch.Tensor):
         if not state.is_floating_point(): return None
         bad = ~state.isfinite() if state.data_ptr() in finite else state.isnan()
@@ -116,7 +114,8 @@ def _line(file, number, text):
 
 class Folder:
     "One stage's folder; nothing in it is ever half-written."
-    summed = "settings.json", "metrics.jsonl", "predictions.json", "model.safetensors"
+    weighty = "model.safetensors", "shared.safetensors"       # the weights: one of them
+    summed = "settings.json", "metrics.jsonl", "predictions.json", *weighty
     checkpoints = "checkpoint.pt", "checkpoint.previous.pt"   # the newest first
 
     def __init__(self, path): self.path = Path(path)
@@ -149,22 +148,26 @@ class Folder:
 
     def begin(self, settings):
         "`start`, for a stage that is to be made, or made again: it is not done."
-        (self.check(settings)/"done.json").unlink(missing_ok=True)
-        return self.start(settings)
+        (self.start(settings)/"done.json").unlink(missing_ok=True)
+        return self
 
     def done(self):
-        """The content of done.json; None where it or the weights are missing. An error names another file that is missing, or
-        one that has changed since."""
+        """The content of done.json; None where it is missing. An error names a file that is missing,
+        or has changed since; model.safetensors is not asked for (see `weights`)."""
         if not (self/"done.json").exists(): return None
         done = self.mark()
-        for name in ("model.safetensors", *self.summed):
-            if name not in done["sums"]: continue
-            if not (self/name).exists():
-                if name == "model.safetensors": return None
-                raise ValueError(f"{self/name} is missing, though the stage is done; "
-                                 "put it back, or remove the folder to make it again")
-            if done["sums"][name] != sha256(self/name): raise ValueError(f"{self/name} {self.changed}")
+        for name in self.summed:
+            if name in done["sums"] and name != self.weighty[0]: self.kept(name, done)
         return done
+
+    def kept(self, name, done=None):
+        "The path of the file `name`, if it is the one that the stage was done with (if it was)."
+        wanted = (done or self.mark())["sums"].get(name)
+        if wanted and not (self/name).exists():
+            raise ValueError(f"{self/name} is missing, though the stage is done; "
+                             "put it back, or remove the folder to make it again")
+        if wanted and wanted != sha256(self/name): raise ValueError(f"{self/name} {self.changed}")
+        return self/name
 
     changed = "has changed since the stage was done; remove the folder to make it again"
 
@@ -185,8 +188,9 @@ class Folder:
         "Mark the stage as done, with `facts`, the environment and the sums of its files; checkpoints are no longer needed."
         sums = {name: sha256(self/name) for name in sorted(self.summed) if (self/name).exists()}
         name, _, digest = self.path.name.rpartition("-")
-        seed = self.read("settings.json").get("seed")
-        done = to_plain(dict(name=name, hash=digest, seed=seed, **facts, **environment(device), sums=sums))
+        facts = {"seed": self.read("settings.json").get("seed"), **facts}
+        name = name.removesuffix(f"-s{facts['seed']}")
+        done = to_plain(dict(name=name, hash=digest, **facts, **environment(device), sums=sums))
         write_json(self/"done.json", done | {"sums": sums | {"done.json": _own_sum(done)}})
         self.keep(None)
         return self.done()
@@ -218,33 +222,45 @@ class Folder:
                              "them back, or remove the checkpoints to start this stage again")
         with whole(self/"metrics.jsonl") as p: p.write_text(text, encoding="utf-8")
 
-    def save_weights(self, state):
-        "Write a state dict to model.safetensors; a FloatingPointError where it holds NaN."
+    def save_weights(self, state, name=weighty[0]):
+        "Write a state dict to the file `name`; a FloatingPointError where it holds NaN."
+        from safetensors.torch import save_file
         if (key := spoiled(state)): raise FloatingPointError(f"{key} holds NaN: these weights are not kept in {self.path}")
         plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-        with self._whole("model.safetensors") as p: save_file(plain, p)
+        with self._whole(name) as p: save_file(plain, p)
 
     @contextlib.contextmanager
     def _whole(self, name):
         "`core.whole` for the file `name`; what the libraries that write say of a full disk is an OSError in one line too."
+        from safetensors import SafetensorError
         try:
             with whole(self/name) as p: yield p
         except (SafetensorError, RuntimeError) as e:
             raise OSError(f"{self/name} cannot be written: {str(e.__context__ or e).splitlines()[0]}") from None
 
     def weights(self):
-        """The state dict of model.safetensors; an error names a file that is missing, damaged, or not the one that the stage
-        was done with."""
-        file = self/"model.safetensors"
-        if not file.is_file(): raise FileNotFoundError(f"{file} is missing: weights are not part of the repository; run the stage again to make them")
+        """The state dict of model.safetensors, or of shared.safetensors in float32; an error names a
+        file that is missing, damaged, or not the one that the stage was done with."""
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        file = self.stored()
+        if not file: raise FileNotFoundError(f"{self/self.weighty[0]} is missing: weights are not in git")
+        done = (self/"done.json").exists()
         try: state = load_file(file)
-        except SafetensorError as e: raise ValueError(f"{file} is damaged: {e}") from None
-        wanted = self.mark()["sums"].get(file.name) if (self/"done.json").exists() else None
-        if wanted and sha256(file) != wanted: raise ValueError(f"{file} {self.changed}")
-        return state
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged: {e}{done * f'; it {self.changed}'}") from None
+        if done: self.kept(file.name)
+        if file.name == self.weighty[0]: return state
+        return {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
+
+    def stored(self):
+        "The file of the weights; None where there is none."
+        return next((self/name for name in self.weighty if (self/name).is_file()), None)
 
     def save_checkpoint(self, state):
         "Write a checkpoint of state['step']; the one before it stays."
+        import torch
         newest, previous = map(self.path.joinpath, self.checkpoints)
         with self._whole(newest.name) as p:
             with open(p, "wb") as f: torch.save(state, f)     # a file of Python's says why it cannot be written
@@ -272,6 +288,7 @@ class Folder:
 
     def checkpoint(self, file=None):
         "The content of a checkpoint on the CPU, the newest if no `file` is given; None if there is none."
+        import torch
         file = file or next(iter(self.generations().values()), None)
         return file and torch.load(file, map_location="cpu", weights_only=True)
 

@@ -149,6 +149,10 @@ def _whence(model, terms):
             if len(observers) == len(ok): return f" ({key} from {observers[int((~ok).nonzero()[0])]} on)"
     return ""
 
+def _paid(saved):
+    "{kind: FLOPs} of a checkpoint; in older ones there is a single ratio, of all kinds."
+    return {k: Fraction(*n) for k, n in (saved if isinstance(saved, dict) else {"flops": saved}).items()}
+
 class Trainer:
     "The loop over the learners of one phase; `evaluate(name, model) -> dict` is handed in."
     def __init__(self, phase, batches, settings, folders, evaluate=None, runtime=Runtime(), taken=None, stop=None):
@@ -167,15 +171,16 @@ class Trainer:
 
     def resume(self, files):
         "Take up each learner's checkpoint {name: file or None}, all of the same step, and drop what was recorded after it."
-        self.paid = dict.fromkeys(files, (0.0, Fraction(0)))                        # seconds and FLOPs of each before this start
+        self.paid = {n: (0.0, {"flops": Fraction(0)}) for n in files}       # seconds and FLOPs of each before this start
         for x in self.learners:
             if not (saved := files[x.name] and x.folder.checkpoint(files[x.name])):
                 x.folder.rewind(-1)
                 continue
             x.load_state(saved)
-            self.step, self.paid[x.name] = saved["step"], (saved["seconds"], Fraction(*saved["paid"]))
+            self.step, self.paid[x.name] = saved["step"], (saved["seconds"], _paid(saved["paid"]))
             x.folder.rewind(self.step - len(saved["pending"]), saved["recorded"])
-            if saved["counted"][0] == [*files]: self.flops = saved["counted"][1]
+            counted = saved["counted"][0] == [*files] and "teacher_flops" in saved["paid"]
+            if counted: self.flops = saved["counted"][1]
             if (differs := moved(saved["where"], self.where)):
                 print(f"{x.name}: goes on from step {self.step}, maybe not to the bit: {differs}", flush=True)
             rows = [{k: v.to(self.accelerator.device) for k, v in terms.items()} for terms in saved["pending"]]
@@ -183,9 +188,10 @@ class Trainer:
         self.first, self.saved, self.saved_step = self.step, time.monotonic(), self.step
 
     def spent(self, name):
-        "(seconds, FLOPs) of a learner: its share of what was done since the start, and what it had paid before."
-        share, flops = len(self.learners), (self.flops or 0) * (self.step - self.first)
-        return self.paid[name][0] + self.seconds / share, self.paid[name][1] + Fraction(flops, share)
+        "(seconds, {kind: FLOPs}) of a learner: its share of what was done since the start, and what it had paid before."
+        share, (seconds, paid) = len(self.learners), self.paid[name]
+        now = {k: Fraction(n * (self.step - self.first), share) for k, n in (self.flops or {}).items()}
+        return seconds + self.seconds / share, {k: n + now.get(k, 0) for k, n in paid.items()}
 
     def losses(self, x, y):
         "Gradients of the batch in all learners; the recorded terms, averaged over the parts of the batch."
@@ -204,11 +210,17 @@ class Trainer:
         for learner in self.learners: learner.model.train()
         if self.flops is None:
             with flop_counter() as counter: terms = self.losses(x, y)
-            self.flops = counter.get_total_flops()
+            self.count(counter)
         else: terms = self.losses(x, y)
         for learner in self.learners: terms[learner.name]["norm"] = learner.update(self.step)
         self.pending.append(terms)
         self.step += 1
+
+    def count(self, counter):
+        "What a step costs; and what of it the teacher's passes do, also of steps that were counted without."
+        self.flops = dict(flops=counter.get_total_flops(), teacher_flops=counter.tallies["teacher"])
+        share = Fraction(self.flops["teacher_flops"], self.flops["flops"] or 1)
+        for _, paid in self.paid.values(): paid.setdefault("teacher_flops", paid["flops"] * share)
 
     def read(self, learner):
         "The pending terms of a learner as means over steps and submodules; a loss that is not finite stops the run."
@@ -227,13 +239,14 @@ class Trainer:
 
     def flush(self, results):
         "Check and record the pending steps, with the results of an evaluation if there was one."
-        means, seconds = {x.name: self.read(x) for x in self.learners}, sum(self.spent(n)[0] for n in self.models)
+        means, seconds, lines = {x.name: self.read(x) for x in self.learners}, sum(self.spent(n)[0] for n in self.models), []
         for x in self.learners:
             line = dict(step=self.step, epoch=self.step / len(self.batches), **means[x.name], lr=x.lr, seconds=round(seconds, 2))
-            line |= results.get(x.name, {})
+            lines.append(line := line | results.get(x.name, {}))
             x.folder.log(**line)
             if self.runtime.trackers: self.accelerator.log({f"{x.name}/{k}": v for k, v in line.items()}, self.step)
         self.pending = []
+        return lines
 
     def save(self):
         "A checkpoint of each learner, with what it cost so far; none at all where one has weights that are not finite."
@@ -245,7 +258,7 @@ class Trainer:
             pending = [terms[x.name] for terms in self.pending]
             x.folder.save_checkpoint(dict(
                 step=self.step, pending=pending, recorded=x.folder.recorded(), where=self.where, seconds=seconds,
-                paid=list(flops.as_integer_ratio()), counted=[[*self.models], self.flops], **states[x.name]))
+                paid={k: n.as_integer_ratio() for k, n in flops.items()}, counted=[[*self.models], self.flops], **states[x.name]))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def cost(self, seconds_a_step):
@@ -254,11 +267,11 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
         parameters = sum(p.numel() for x in self.learners for p in x.bare.parameters())
         return (f"{', '.join(self.models)}: {self.steps:,} steps of {self.settings.batch_size} images, {parameters:,} parameters, "
-                f"{self.flops * self.steps / 1e12:,.3g} TFLOP, about {seconds_a_step * self.steps / 60:.1f} min, memory {memory / 2**30:.1f} GiB")
+                f"{self.flops['flops'] * self.steps / 1e12:,.3g} TFLOP, about {seconds_a_step * self.steps / 60:.1f} min, memory {memory / 2**30:.1f} GiB")
 
     def fit(self):
         "Run to the end; returns done.json's content by learner name. A signal ends it with a checkpoint."
-        results, self.early = {}, []
+        results, self.early, self.shown = {}, [], {}
         try:
             if self.step == 0: self.log_start()
             with progress(total=self.steps, initial=self.step, what=", ".join(self.models)) as bar:
@@ -285,12 +298,12 @@ class Trainer:
                 bar.update()
                 self.early = [*self.early, took][:5]
                 if self.step == self.first + 5 < self.steps: bar.write(self.cost(sum(self.early[1:]) / 4))
-                if self.step % per and self.step % self.runtime.log_steps == 0: self.record({})
+                if self.step % per and self.step % self.runtime.log_steps == 0: self.record({}, bar)
         with self.stop.held():
             for x in self.learners: self.read(x)                    # a loss that is not finite stops here, before the evaluation
             self.seconds += time.perf_counter() - start                  # what the device still had to do
         results = self.evaluated(epoch + 1)
-        with self.stop.held(): self.record(results)
+        with self.stop.held(): self.record(results, bar)
         return results
 
     def stopped(self):
@@ -307,8 +320,11 @@ class Trainer:
         "The line of step 0: how good the models are before they train (right after assembly, for example)."
         for name, results in self.evaluated(0).items(): self.folders[name].log(step=0, epoch=0, **results)
 
-    def record(self, results):
-        self.flush(results)
+    def record(self, results, bar):
+        lines = self.flush(results)
+        for key, text in dict(loss="loss {:.3g}", top1="top-1 {:.1%}").items():      # means over the models
+            if (v := [line[key] for line in lines if key in line]): self.shown[key] = text.format(sum(v) / len(v))
+        bar.set_postfix_str(", ".join(self.shown.values()), refresh=False)
         if time.monotonic() - self.saved >= 60 * self.runtime.checkpoint_minutes: self.save()
 
     def evaluated(self, epoch):
@@ -320,7 +336,7 @@ class Trainer:
         learner.folder.save_weights(learner.best.state_dict())
         seconds, flops = self.spent(learner.name)
         return learner.folder.finish(self.accelerator.device, steps=self.step, epochs=self.settings.epochs, seconds=round(seconds, 2),
-                                     flops=float(flops), parameters=sum(p.numel() for p in learner.bare.parameters()), results=results)
+                                     **{k: float(n) for k, n in flops.items()}, parameters=sum(p.numel() for p in learner.bare.parameters()), results=results)
 
 # %% ../nbs/07_train.ipynb #1c2dc0aa
 def _take_up(folders):
@@ -346,7 +362,10 @@ def _trained(phase, batches, settings, folders, record, evaluate, runtime, stop)
     "Train into `folders` {name: Folder}, which this thread owns, what is not done in them; {name: content of done.json}."
     done = {n: d for n, f in folders.items() if (d := f.done())}
     todo = {n: f.begin(record[n]) for n, f in folders.items() if n not in done}
-    for n in done: load(phase.trains[n], folders[n].weights())
+    for n in done:
+        if folders[n].stored(): load(phase.trains[n], folders[n].weights())
+        else: print(f"{n}: done, and its weights are not here: this model stays as it was given; "
+                    f"remove {folders[n].path} to train it again", flush=True)
     for files in _take_up(todo).values() if todo else ():
         group = Phase({n: phase.trains[n] for n in files}, phase.loss, phase.fixed)
         theirs = {n: folders[n] for n in files}
@@ -362,9 +381,11 @@ FOLDERS = Kind.of("dict", "{name: folder}")
 @checked
 def train(phase: PHASE, batches, settings: TRAINING, folders: FOLDERS, record=None, evaluate=None,
           runtime: RUNTIME = Runtime()):
-    """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their folders' weights, also where they were
-    done before, or by another process meanwhile; threads of one process take turns. `batches`: `Batches`, or any iterable of (images, labels) with a length, such as a DataLoader:
-    then a resumed run is not equal to the bit. `record`: {name: settings to keep}, by default `settings`."""
+    """Train a phase into `folders` {name: path}; returns {name: content of done.json}. The models end as their
+    folders' weights, also where they were done before (a line says where those are missing), or by another
+    process meanwhile; threads of one process take turns. `batches`: `Batches`, or any iterable of (images,
+    labels) with a length, such as a DataLoader: then a resumed run is not equal to the bit. `record`: {name:
+    settings to keep}, by default `settings`."""
     if folders.keys() != phase.trains.keys():
         raise ValueError(f"folders are for {', '.join(folders)}, but what trains is {', '.join(phase.trains)}")
     settings = settings.decaying("matrices")

@@ -41,7 +41,7 @@ TASK = task()
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "A lab with a meta model, the modules of a teacher and the teacher; nothing is trained or loaded after that."
-    lab = Lab(tmp_path_factory.mktemp("runs"), Runtime(device="cpu"), floor=0)
+    lab = Lab(tmp_path_factory.mktemp("runs"), runtime=Runtime(device="cpu"), floor=0)
     meta = lab.end_to_end("meta", META, TASK, BRIEF)
     modules = lab.incubate("incubate", VIT, meta, TASK, BRIEF)
     return types.SimpleNamespace(lab=lab, meta=meta, modules=modules, teacher=lab.finetune("teacher", VIT, modules, TASK, BRIEF))
@@ -95,7 +95,7 @@ def test_something_else_than_a_task_or_settings(made, refused):
     refused(lambda: lab.end_to_end("x", VIT, TASK, 5), TypeError, "training is 5; it should be a Training: Training(epochs=5)")
     refused(lambda: lab.end_to_end("x", VIT, TASK, {"epochs": 5}), TypeError, "training is a dict", "Training(**...)")
     refused(lambda: lab.distill("x", Net(), made.meta, made.teacher, TASK, BRIEF, 0.5), TypeError, "distillation is 0.5", "Distillation(alpha=0.5)")
-    refused(lambda: lab.end_to_end("x", VIT, TASK), TypeError, "Lab.end_to_end", "missing a required argument: 'training'")
+    refused(lambda: lab.end_to_end("x", VIT, TASK), TypeError, "Lab.end_to_end", "no training is given, neither here nor to the Lab: training=Training(...)")
     refused(lambda: lab.end_to_end(VIT, TASK, BRIEF), TypeError, "name is a ViT; it should be a name for the stage, as text")
 
 
@@ -121,12 +121,13 @@ def test_seeds_floors_and_only(made, refused):
     again = lab.incubate("incubate", VIT, made.meta, TASK, BRIEF, seed=np.int64(0), only=(np.int64(1),))
     assert again == made.modules[1:] and lab.incubate("incubate", VIT, made.meta, TASK, BRIEF, only=range(2)) == made.modules
     for seed in ("0", 0.0, True, [0]):
-        refused(lambda: Lab(root, seed=seed), TypeError, "Lab(root, runtime, seed, floor): seed is ", "a whole number")
+        refused(lambda: Lab(root, seed=seed), TypeError, "Lab(root, task, training, runtime, seed, floor, again): seed is ", "a whole number")
         refused(lambda: lab.end_to_end("x", VIT, TASK, BRIEF, seed=seed), TypeError, "seed is ")
     for floor in (-0.1, 1.5, float("nan")): refused(lambda: Lab(root, floor=floor), ValueError, "outside 0..1")
     for given in (dict(runtime="cpu"), dict(runtime=torch.device("cpu")), dict(runtime=0), dict(floor="0.5"), dict(floor=True), dict(root=TASK), dict(root=None)):
         refused(lambda: Lab(**{"root": root, **given}), TypeError, f"{next(iter(given))} is ")
-    refused(lambda: Lab(root, "cuda"), TypeError, "Runtime(device='cuda')")
+    refused(lambda: Lab(root, runtime="cuda"), TypeError, "Runtime(device='cuda')")
+    for given in (Runtime(device="cpu"), torch.device("cpu")): refused(lambda: Lab(root, given), TypeError, "task is a", "it should be a Task: runtime=Runtime(")
     only = lambda which: lab.incubate("x", VIT, made.meta, TASK, BRIEF, only=which)
     for which, kind, said in ((1, TypeError, "[1]"), ("01", TypeError, "only is '01'"), ([0.5], TypeError, "only is"), ([True], TypeError, "only is"),
                               ([], ValueError, "names no module"), ([0, 0], ValueError, "module 0 twice"), ([2], IndexError, "outside 0..1"), ([-1], IndexError, "outside 0..1")):
@@ -136,7 +137,7 @@ def test_seeds_floors_and_only(made, refused):
 def test_stages_that_are_no_whole_model_or_not_there(made, refused, tmp_path):
     lab, (one, two) = made.lab, made.modules
     for stage, kind, said in ((one, ValueError, f"{one.path.name} is module 0 of a model; a whole model is wanted here"), (Stage(lab.root/"none"), FileNotFoundError, "there is no stage folder"),
-                              (Stage(lab.root), ValueError, "it has no settings.json"), (Stage(next(lab.root.glob("hybrids-*"))), ValueError, "holds no model")):
+                              (Stage(lab.root), ValueError, "it has no settings.json"), (Stage(next(lab.root.glob("stages/hybrids-*"))), ValueError, "holds no model")):
         refused(lambda: lab.incubate("x", VIT, stage, TASK, BRIEF), kind, said)
         refused(lambda: lab.end_to_end("x", VIT, TASK, BRIEF, start=stage), kind, said)
         refused(lambda: lab.health(stage, made.teacher, TASK), kind, said)
@@ -154,7 +155,7 @@ def test_stages_that_are_no_whole_model_or_not_there(made, refused, tmp_path):
 
 
 def test_a_stage_of_another_root_given_as_text(made, tmp_path):
-    lab = Lab(tmp_path, Runtime(device="cpu"), floor=0)
+    lab = Lab(tmp_path, runtime=Runtime(device="cpu"), floor=0)
     assert len(lab.incubate("incubate", VIT, Stage(str(made.meta.path)), TASK, BRIEF)) == 2
 
 

@@ -267,7 +267,7 @@ def test_a_published_teacher_in_the_lab(tmp_path):
     (tmp_path/"FT").mkdir()
     single_files(tmp_path/"FT", state)
     task = Task(train=Data(name="digits", per_class=4), test=(Data(name="digits", split="test", per_class=2),))
-    lab, brief = Lab(tmp_path/"runs", Runtime(device="cpu"), floor=0), Training(epochs=1, batch_size=20, augment=Augment())
+    lab, brief = Lab(tmp_path/"runs", runtime=Runtime(device="cpu"), floor=0), Training(epochs=1, batch_size=20, augment=Augment())
     spec = TEACHER.but(checkpoint=str(tmp_path/"FT"))
     teacher = lab.given("teacher", spec, task)
     meta = lab.end_to_end("meta", TEACHER.but(depths=(1, 1)), task, brief)

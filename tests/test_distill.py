@@ -11,7 +11,8 @@ from m2mkd.chain import freeze, hybrid, stitch
 from m2mkd.core import seeded
 from m2mkd.data import Batches, load
 from m2mkd.distill import Distillation, hybrids, m2mkd_loss, m2mkd_terms, match_host, match_modules, paired, prefix
-from m2mkd.folder import Folder
+from m2mkd.folder import Folder, seal
+from m2mkd.measure import flop_counter
 from m2mkd.train import Phase, Runtime, Training, train
 from m2mkd.vit import Meta, ViT
 from m2mkd.vmoe import VMoE
@@ -192,3 +193,52 @@ def test_matching_the_host(batches):
 def test_a_module_that_is_not_there():
     meta, _, students = chains()
     with pytest.raises(IndexError, match=r"module index 3 is outside 0\.\.2"): paired(meta, {3: students[0]}, Distillation(), 0)
+
+
+# --- what the teacher's passes cost ---
+
+BRIEF = Training(epochs=2, batch_size=16)                                          # 5 steps an epoch
+EACH = Runtime(device="cpu", checkpoint_minutes=0, log_steps=1)
+
+def trained(folder, batches, stop=None, only=(0, 1, 2), phase=None):
+    "{name: content of done.json} of students that are distilled; KeyboardInterrupt before step `stop`."
+    phase = phase or phase_of(only)[3]
+    def loss(models, x, y, step):
+        if step == stop: raise KeyboardInterrupt
+        return phase.loss(models, x, y, step)
+    return train(Phase(phase.trains, loss, phase.fixed), batches, BRIEF, {n: folder/n for n in phase.trains}, runtime=EACH)
+
+def of_a_step(run):
+    with flop_counter() as counter: run()
+    return counter.get_total_flops()
+
+def as_before(folder):
+    "The checkpoint as it was written when only all FLOPs were counted."
+    for file in [f for f in map(folder.__truediv__, Folder.checkpoints) if f.exists()]:
+        saved = Folder(folder).checkpoint(file)
+        saved |= dict(paid=list(saved["paid"]["flops"]), counted=[saved["counted"][0], saved["counted"][1]["flops"]])
+        torch.save(saved, file)
+        seal(file, saved["step"], len(saved["pending"]))
+
+def test_teacher_flops_are_those_of_its_passes(batches, tmp_path):
+    "Counted by hand: the teacher's modules in the meta model, 10 steps of 16 images; exact in runs that were stopped, also before it was counted."
+    meta, teacher, _ = chains()
+    flows = prefix(meta, torch.zeros(16, 3, 8, 8))
+    with torch.no_grad(): by_hand = 10 * of_a_step(lambda: hybrids(meta, dict(enumerate(teacher)), flows))
+    straight = trained(tmp_path/"straight", batches)
+    assert sum(d["teacher_flops"] for d in straight.values()) == pytest.approx(by_hand, rel=1e-12) and by_hand > 0
+    assert all(0 < d["teacher_flops"] < d["flops"] for d in straight.values())
+    for name, stops, before in (("resumed", (3, 7), False), ("old", (3, 7), True), ("older", (5,), True)):
+        for stop in stops:
+            with pytest.raises(KeyboardInterrupt): trained(tmp_path/name, batches, stop)
+            for n in straight if before else (): as_before(tmp_path/name/n)
+        again = trained(tmp_path/name, batches)
+        assert all(again[n][k] == straight[n][k] for n in straight for k in ("flops", "teacher_flops"))
+
+def test_a_fitted_meta_model_pays_for_the_teacher_s_own_pass(batches, tmp_path):
+    meta, teacher, _ = chains()
+    modules = [dict(enumerate(spec.build(5, 8))) for spec in (Meta(like=TEACHER), TEACHER)]
+    fitted = trained(tmp_path/"fit", batches, phase=paired(teacher, modules[0], Distillation(alpha=1), 0, match_host))
+    assert sum(d["teacher_flops"] for d in fitted.values()) == pytest.approx(10 * of_a_step(lambda: prefix(teacher, torch.zeros(16, 3, 8, 8))), rel=1e-12)
+    incubated = trained(tmp_path/"incubate", batches, phase=paired(meta, modules[1], Distillation(alpha=0), 0))
+    assert {d["teacher_flops"] for d in incubated.values()} == {0}

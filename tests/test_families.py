@@ -269,7 +269,7 @@ def test_pretrained_without_a_network(name, monkeypatch, tmp_path):
 def test_a_convnet_teaches(tmp_path):
     "An EfficientNet as it is given, its meta chain fitted to it, a small V-MoE distilled against it."
     task = Task(train=Data(name="digits", image_size=32, per_class=4), test=(Data(name="digits", image_size=32, split="test", per_class=2),))
-    brief, lab = Training(epochs=1, batch_size=20, augment=Augment(flip=0)), Lab(tmp_path, Runtime(device="cpu"), floor=0)
+    brief, lab = Training(epochs=1, batch_size=20, augment=Augment(flip=0)), Lab(tmp_path, runtime=Runtime(device="cpu"), floor=0)
     spec = Timm(name="test_efficientnet", depths=(2, 1, 2), options=dict(drop_path_rate=0.1))
     teacher = lab.given("teacher", spec, task)
     before = {k: v.clone() for k, v in teacher.state().items()}

@@ -20,7 +20,7 @@ FLOORS = {name: floor for floor, names in enumerate((
     "bars checkpoint core folder lock measure products stop",
     "augment chain data families given graphs layouts optimizer pixels sources vit",
     "arguments modulated nac phase plain routing tokenizers train vmoe",
-    "convert convert_nac distill evaluate",
+    "convert convert_nac distill evaluate stage",
     "pipeline report")) for name in names.split()}
 BESIDE = dict(
     core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},

@@ -379,7 +379,7 @@ BRIEF = Training(epochs=1, batch_size=20, augment=Augment(flip=0))
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    lab = Lab(tmp_path_factory.mktemp("runs"), Runtime(device="cpu"), floor=0)
+    lab = Lab(tmp_path_factory.mktemp("runs"), runtime=Runtime(device="cpu"), floor=0)
     meta = lab.end_to_end("meta", META, DIGITS, BRIEF)
     teacher = lab.finetune("teacher", TEACHER, lab.incubate("incubate", TEACHER, meta, DIGITS, BRIEF), DIGITS, BRIEF)
     modules = lab.distill("distill", MICRO, meta, teacher, DIGITS, BRIEF)

@@ -33,7 +33,7 @@ def test_all_that_is_trained_learns(runs):
 
 
 def test_stages_hold_the_models_of_the_notebook(runs):
-    models = {p.name.rpartition("-")[0]: json.loads((p/"settings.json").read_text()).get("model") for p in runs.iterdir() if p.is_dir()}
+    models = {p.name.rsplit("-", 2)[0]: json.loads((p/"settings.json").read_text()).get("model") for p in (runs/'stages').iterdir() if p.is_dir()}
     assert models["teacher"]["class"] == "ConvNet" and models["m2mkd"]["class"] == "Mixer"
     assert models["distill-1"]["student"] == models["m2mkd"] and models["distill-1"]["meta"] == models["meta"]
 
@@ -72,7 +72,7 @@ def test_pretrained_teacher_and_own_images_of_the_text(tmp_path):
     nbformat.write(nb, tmp_path/"text.ipynb")
     parameters = dict(data="my-set", root=tmp_path/"my-set", runs=tmp_path/"runs")
     papermill(tmp_path/"text.ipynb", tmp_path/"out.ipynb", *(word for k, v in parameters.items() for word in ("-p", k, str(v))))
-    stages = {p.name.rpartition("-")[0]: json.loads((p/"settings.json").read_text()) for p in (tmp_path/"runs").iterdir()}
+    stages = {p.name.rsplit("-", 2)[0]: json.loads((p/"settings.json").read_text()) for p in (tmp_path/"runs/stages").iterdir()}
     assert {"teacher", "fit-0", "meta", "distill-2", "m2mkd", "two"} <= stages.keys()
     assert stages["m2mkd"]["classes"] == ["dark", "grey", "light"] and stages["two"]["classes"] == ["dark", "grey"]
     assert stages["three"]["task"]["train"]["per_class"] == [0, 48]

@@ -1,17 +1,18 @@
 "The whole method on a few digits: stages are named by their content, made once, resumed, loaded anywhere; source and target differ."
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, timm, torch
 from PIL import Image
 
-from m2mkd import pipeline
+from m2mkd import core, pipeline
 from m2mkd.chain import assemble, hybrid, unstitched
 from m2mkd.core import seeded
 from m2mkd.data import Augment, Data
 from m2mkd.distill import Distillation
 from m2mkd.evaluate import evaluate
-from m2mkd.pipeline import HybridError, Lab, Stitched, Task, cost, load
+from m2mkd.folder import Folder, _own_sum
+from m2mkd.pipeline import HybridError, Lab, Stitched, Task, cost, load, stages_in
 from m2mkd.train import Runtime, Training
 from m2mkd.vit import Meta, ViT
 from m2mkd.vmoe import VMoE
@@ -33,7 +34,7 @@ def experiment(lab, **distillation):
     modules = lab.distill("distill", STUDENT, meta, teacher, SOURCE, BRIEF, Distillation(**distillation))
     return dict(meta=meta, teacher=teacher, modules=modules, final=lab.finetune("m2mkd", STUDENT, modules, TARGET, BRIEF))
 
-def lab_at(root, **others): return Lab(root, CPU, **{"floor": 0, **others})
+def lab_at(root, **others): return Lab(root, runtime=CPU, **{"floor": 0, **others})
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory): return tmp_path_factory.mktemp("runs")
@@ -44,7 +45,7 @@ def stages(root): return experiment(lab_at(root))
 @pytest.fixture
 def no_training(monkeypatch): monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained again"))
 
-def folders(root): return {p.name for p in Path(root).iterdir()} if Path(root).exists() else set()
+def folders(root): return {p.name for p in (Path(root)/"stages").glob("*")}
 
 def fails(what, *said, kind=ValueError):
     "One error of `kind`, in one line, that says all of `said`."
@@ -59,7 +60,7 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,
 def test_every_stage_has_its_place(stages):
     for stage in stages["final"].everything():
         done = stage.done
-        assert stage.path.name == f"{done['name']}-{stage.hash}" and done["seed"] == 0 and done["flops"] > 0 and done["results"]["images"] > 0
+        assert stage.path.name == f"{stage.name}-s0-{stage.hash}" and done["name"] == stage.name and done["seed"] == 0 and done["flops"] > 0 and done["results"]["images"] > 0
         assert not (stage.path/"checkpoint.pt").exists() and not list(stage.path.glob("*.partial"))
     assert stages["final"].done["results"]["images"] == len(stages["final"].predictions()) == 40
     assert stages["final"].metrics[0]["step"] == 0 and "top1" in stages["final"].metrics[0]       # right after assembly
@@ -138,14 +139,64 @@ def test_only_some_modules(stages, root, no_training):
     for i, done in enumerate(stages["teacher"].inputs):
         assert lab_at(root).incubate("incubate", TEACHER, stages["meta"], SOURCE, BRIEF, only=[i]) == [done]
 
-def test_missing_weights_are_made_again(stages, tmp_path):
-    "As in a fresh clone, where the weights of committed runs are not: what is needed is made again, the same."
-    lab = lab_at(tmp_path)
-    first = lab.end_to_end("meta", META, SOURCE, BRIEF)
-    weights = first.state()
-    (first.path/"model.safetensors").unlink()
-    fails(first.model, "model.safetensors is missing", kind=FileNotFoundError)
-    assert equal(lab_at(tmp_path).end_to_end("meta", META, SOURCE, BRIEF).state(), weights)
+def without_weights(root, *stages):
+    "Remove the weights of the stages (all if none is given), as in a fresh clone; what is left, by name."
+    for path in [s.path for s in stages] or (Path(root)/"stages").iterdir(): (path/"model.safetensors").unlink(missing_ok=True)
+    return {f: f.read_bytes() for f in Path(root).rglob("*.json*")}
+
+def test_a_clone_without_weights_is_done(stages, tmp_path, no_training):
+    "Every call finds its stage, and only who asks for weights hears what they cost and how to have them."
+    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
+    facts, lab = without_weights(tmp_path/"runs"), lab_at(tmp_path/"runs")
+    found = experiment(lab)
+    assert found["final"].hash == stages["final"].hash and found["modules"].health.equals(stages["modules"].health)
+    assert equal_arrays(found["final"].correct(), stages["final"].correct())
+    for ask in (found["final"].state, found["modules"][0].model, lambda: load(found["meta"].path)):
+        fails(ask, "model.safetensors is missing: weights are not in git", " s by its record", "Lab(..., again=True)", kind=FileNotFoundError)
+    before = folders(lab.root)
+    for call in (lambda: lab.finetune("more", STUDENT, found["modules"], SOURCE, BRIEF), lambda: lab.incubate("more", TEACHER, found["meta"], SOURCE, BRIEF),
+                 lambda: lab.distill("more", STUDENT, found["meta"], found["teacher"], SOURCE, BRIEF), lambda: lab.fit("more", META, found["teacher"], SOURCE, BRIEF),
+                 lambda: lab.health(found["meta"], found["teacher"], SOURCE, list(found["teacher"].inputs))):
+        fails(call, "weights are not in git", kind=FileNotFoundError)
+    assert folders(lab.root) == before and facts == {f: f.read_bytes() for f in (tmp_path/"runs").rglob("*.json*")}
+
+def equal_arrays(a, b): return a.dtype == b.dtype and a.tolist() == b.tolist()
+
+def test_one_module_is_made_beside_others_without_weights(stages, tmp_path):
+    "The weights of what is done are not needed for the rest of its group; what is done stays as it was."
+    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
+    lab, (one, two, three) = lab_at(tmp_path/"runs"), (tmp_path/"runs/stages"/s.path.name for s in stages["modules"])
+    (one/"model.safetensors").unlink()
+    shutil.rmtree(two)
+    before = (one/"done.json").read_bytes(), (three/"done.json").read_bytes()
+    again = experiment(lab)["modules"]
+    assert max((v - stages["modules"][1].state()[k]).abs().max() for k, v in again[1].state().items()) < 1e-5
+    assert before == ((one/"done.json").read_bytes(), (three/"done.json").read_bytes()) and not again[0].stored
+
+def test_weights_are_made_again_where_they_are_asked_for(stages, tmp_path, capsys):
+    "Of a model and all that it needs, the same to the bit; the facts stay untouched."
+    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
+    facts, lab = without_weights(tmp_path/"runs"), lab_at(tmp_path/"runs", again=True)
+    found = experiment(lab)
+    assert "again" not in capsys.readouterr().out and not found["final"].stored
+    assert equal(found["final"].state(), stages["final"].state()) and equal(found["modules"][1].state(), stages["modules"][1].state())
+    said = [line for line in capsys.readouterr().out.splitlines() if "are made again; it took" in line]
+    assert sorted(line.partition(":")[0] for line in said) == sorted(s.name for s in found["final"].everything())
+    assert facts == {f: f.read_bytes() for f in (tmp_path/"runs").rglob("*.json*")} and not list((tmp_path/"runs/.again").iterdir())
+    assert equal(found["final"].model().state_dict(), stages["final"].state())
+
+def test_other_weights_are_said_and_replace_the_facts(stages, tmp_path, capsys):
+    lab = lab_at(tmp_path, again=True)
+    stage, given = lab.end_to_end("meta", META, SOURCE, BRIEF), lab.given("given", TEACHER, SOURCE)
+    for s in (stage, given):
+        (s.path/"model.safetensors").unlink()
+        done = s.done
+        sums = done["sums"] | {"model.safetensors": "0" * 64}
+        core.write_json(s.path/"done.json", done | {"threads": 99, "seconds": 1234, "sums": sums | {"done.json": _own_sum(done | {"threads": 99, "seconds": 1234, "sums": sums})}})
+        assert s.state() and s.done["seconds"] < 1000 and Folder(s.path).done() and s.correct().shape == (40,)
+        said = capsys.readouterr().out
+        assert f"{s.name}: its weights are not here and are made again; it took 1,234 s" in said
+        assert f"{s.name}: these weights are not the recorded ones (threads 99 there, 1 here); the facts are replaced" in said
 
 def test_an_interrupted_experiment(stages, tmp_path, monkeypatch):
     "Stopped while the modules are distilled, with some of them done: the rest is made, and all is as if nothing had happened."
@@ -158,7 +209,7 @@ def test_an_interrupted_experiment(stages, tmp_path, monkeypatch):
         patch.setattr(pipeline, "train", stops)
         experiment(lab_at(tmp_path))
     lab, s = lab_at(tmp_path), stages
-    lab.distill("distill", STUDENT, *(pipeline.Stage(tmp_path/s[k].path.name, s[k].inputs) for k in ("meta", "teacher")), SOURCE, BRIEF, only=[1])
+    lab.distill("distill", STUDENT, *(pipeline.Stage(tmp_path/"stages"/s[k].path.name, s[k].inputs) for k in ("meta", "teacher")), SOURCE, BRIEF, only=[1])
     assert calls[3] == ["distill-0", "distill-1", "distill-2"]
     again = experiment(lab_at(tmp_path))
     assert again["final"].path.name == s["final"].path.name
@@ -174,12 +225,15 @@ def test_cost_counts_each_stage_once(stages):
 
 def test_health_is_measured_once(stages, root, capsys):
     table = lab_at(root).health(stages["meta"], stages["teacher"], SOURCE, stages["modules"])
-    assert list(table.columns) == ["meta", "teacher", "student", "kl"] and len(table) == 3
+    assert list(table.columns) == ["stage", "seed", "meta", "teacher", "student", "kl"] and len(table) == 3
     lab, host = lab_at(root), stages["meta"].model()
     assert table.teacher[1] == evaluate(hybrid(host, 1, stages["teacher"].model()[1]), lab.test(SOURCE)).top(1)
     assert table.student[2] == evaluate(hybrid(host, 2, stages["modules"][2].model()), lab.test(SOURCE)).top(1)
     assert table.meta[0] == stages["meta"].done["results"]["top1"]
-    assert "kl" in capsys.readouterr().out
+    assert not capsys.readouterr().out and table.equals(stages["modules"].health) and list(table.stage) == ["distill"] * 3
+    record = next(s for s in stages_in(root).values() if s.name == "hybrids" and len(s.inputs) == 5)
+    assert record.path.name == f"hybrids-s0-{record.hash}" and record.health().equals(table)
+    assert record.done["of"] == dict(meta="meta", teacher="teacher", students="distill") and record.seed == 0
 
 FRESH = """
 import sys, torch
@@ -214,7 +268,7 @@ def test_given_models(tmp_path, no_training):
 def apart(tmp_path_factory):
     "(lab, task, training, meta model, teacher): both trained end to end, each on its own, until they know something."
     task = Task(train=Data(name="digits", classes=5, per_class=80), test=(Data(name="digits", split="test", classes=5),))
-    lab, training = Lab(tmp_path_factory.mktemp("apart"), CPU), Training(epochs=4, batch_size=20, lr=0.08, warmup=1, clip=1., augment=Augment(flip=0))
+    lab, training = Lab(tmp_path_factory.mktemp("apart"), runtime=CPU), Training(epochs=4, batch_size=20, lr=0.08, warmup=1, clip=1., augment=Augment(flip=0))
     return lab, task, training, lab.end_to_end("meta", META, task, training), lab.end_to_end("teacher", TEACHER, task, training)
 
 def test_a_cut_teacher_does_not_fit_a_meta_model_trained_apart(apart):
@@ -294,7 +348,9 @@ def test_weights_in_a_stage_of_another_model(stages, tmp_path):
     stage = lab_at(tmp_path).end_to_end("meta", META, SOURCE, BRIEF)
     (stage.path/"model.safetensors").write_bytes((stages["final"].path/"model.safetensors").read_bytes())
     for look in (stage.model, stage.state): fails(look, "model.safetensors has changed since the stage was done")
-    fails(lambda: lab_at(tmp_path).end_to_end("meta", META, SOURCE, BRIEF), "model.safetensors has changed since the stage was done")
+    meta = lab_at(tmp_path).end_to_end("meta", META, SOURCE, BRIEF)
+    fails(lambda: lab_at(tmp_path).incubate("incubate", TEACHER, meta, SOURCE, BRIEF), "model.safetensors has changed since the stage was done")
+    assert folders(tmp_path) == {meta.path.name}
 
 def test_a_timm_checkpoint_of_another_model(tmp_path):
     narrow = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, depth=4, patch_size=4, embed_dim=8, num_heads=2)

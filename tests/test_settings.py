@@ -161,7 +161,7 @@ def test_one_step_with_and_without_decay():
 
 def test_a_stage_records_what_decays(tmp_path):
     task = Task(train=Data(name="digits", classes=3, per_class=8), test=(Data(name="digits", split="test", classes=3, per_class=3),))
-    lab, brief = Lab(tmp_path, Runtime(device="cpu"), floor=0), Training(epochs=1, batch_size=8, augment=Augment(flip=0))
+    lab, brief = Lab(tmp_path, runtime=Runtime(device="cpu"), floor=0), Training(epochs=1, batch_size=8, augment=Augment(flip=0))
     assert nac.NAC().decays == Stitched(student=nac.NAC(), meta=Meta(like=TEACHER)).decays == "all" and TEACHER.decays == "matrices"
     meta = lab.end_to_end("meta", Meta(like=TEACHER), task, brief)
     other = lab.end_to_end("meta", Meta(like=TEACHER), task, brief.but(decay="all"))
@@ -282,7 +282,7 @@ from m2mkd.pipeline import Lab, Task, load
 from m2mkd.train import Runtime, Training
 from m2mkd.vit import ViT
 few = [Data(name="digits", split=s, classes=3, per_class=4) for s in ("train", "test")]
-lab = Lab(sys.argv[1], Runtime(device="cpu"))
+lab = Lab(sys.argv[1], runtime=Runtime(device="cpu"))
 brief = Training(epochs=1, batch_size=4, augment=Augment(flip=0))
 model = ViT(depths=(1, 1), options=dict(embed_dim=8, num_heads=2, patch_size=4))
 stage = lab.end_to_end("vit", model, Task(train=few[0], test=(few[1],)), brief)

@@ -1,11 +1,12 @@
 "The loop: an interrupted run ends as the straight one, to the bit; nothing bad is kept; one clear error for each bad input."
-import os, signal, subprocess, sys
+import io, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
 from torch import nn
+from tqdm import tqdm
 
-from m2mkd import folder as folders
+from m2mkd import folder as folders, train as train_module
 from m2mkd.chain import load as load_strictly
 from m2mkd.core import seeded
 from m2mkd.data import Augment, Batches, load, whole_split
@@ -155,14 +156,20 @@ def test_done_is_not_trained_again(run, tmp_path):
     assert files(tmp_path/"once/a") == ["done.json", "metrics.jsonl", "model.safetensors", "settings.json"]
     assert done["a"]["steps"] == 10 and done["a"]["flops"] > 0 and done["a"]["results"]["images"] == 20
 
-def test_missing_weights_are_made_again(run, tmp_path):
-    run("once")
-    run("again")
+def test_what_is_done_and_has_no_weights_is_left_alone(run, tmp_path, capsys):
+    "A line says so; the other model of its group goes on, and its facts are those of a run that nobody disturbed."
+    run("once"), run("again")
+    done = (tmp_path/"again/a/done.json").read_bytes()
     (tmp_path/"again/a/model.safetensors").unlink()
-    assert Folder(tmp_path/"again/a").done() is None
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"): Folder(tmp_path/"again/a").weights()
+    capsys.readouterr()
+    run("again", stop=0)
+    assert f"a: done, and its weights are not here: this model stays as it was given; remove {tmp_path/'again/a'}" in capsys.readouterr().out
+    for f in (tmp_path/"again/b").iterdir(): f.unlink()
     run("again")
-    assert same(tmp_path/"once/a", tmp_path/"again/a")
+    assert done == (tmp_path/"again/a/done.json").read_bytes() and files(tmp_path/"again/a") == ["done.json", "metrics.jsonl", "settings.json"]
+    metrics, _, weights = kept(tmp_path/"again/b")
+    assert metrics == kept(tmp_path/"once/b")[0] and all(torch.equal(v, weights[k]) for k, v in kept(tmp_path/"once/b")[2].items())
 
 
 # --- what the numbers are ---
@@ -241,6 +248,18 @@ def test_cost_is_told_before_a_long_run(run, capsys):
     run("one", RICH)
     said = next(line for line in capsys.readouterr().out.splitlines() if "TFLOP" in line)
     assert "a, b: 10 steps of 16 images" in said and "parameters" in said and "min" in said and "GiB" in said
+
+def test_the_bar_shows_loss_and_accuracy(run, tmp_path, monkeypatch):
+    "Means over the models, of what is read anyway."
+    shown = []
+    class Bar(tqdm):
+        def set_postfix_str(self, text, refresh=True): shown.append((text, refresh))
+    monkeypatch.setattr(train_module, "progress", lambda **kwargs: Bar(file=io.StringIO(), **{k: v for k, v in kwargs.items() if k != "what"}))
+    run("one", runtime=EVERY_STEP.but(log_steps=3))
+    lines = list(zip(*(Folder(tmp_path/"one"/n).metrics()[1:] for n in "ab")))
+    mean = lambda key, pair: sum(line[key] for line in pair) / 2
+    assert [m["step"] for m, _ in lines] == [3, 5, 6, 9, 10] and shown[0] == (f"loss {mean('loss', lines[0]):.3g}", False)
+    assert [text for text, _ in shown[1:3]] == [f"loss {mean('loss', pair):.3g}, top-1 {mean('top1', lines[1]):.1%}" for pair in lines[1:3]]
 
 
 # --- bad input ---

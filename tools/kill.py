@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGKILL,) * 3 + (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 def method(root):
     "Meta model, incubation, teacher, distillation, student: seven trained stages and three tables of hybrids, a checkpoint every other step."
-    lab = Lab(root, Runtime(device="cpu", checkpoint_minutes=0, log_steps=2), floor=0)
+    lab = Lab(root, runtime=Runtime(device="cpu", checkpoint_minutes=0, log_steps=2), floor=0)
     meta = lab.end_to_end("meta", Meta(like=TEACHER), DIGITS, SHORT)
     teacher = lab.finetune("teacher", TEACHER, lab.incubate("incubate", TEACHER, meta, DIGITS, SHORT), DIGITS, SHORT)
     modules = lab.distill("distill", STUDENT, meta, teacher, DIGITS, SHORT, Distillation(tau=2))
@@ -66,6 +66,7 @@ def kept(path):
 
 def differs(one, other):
     "The first stage of two runs that is not equal; empty if all are."
+    one, other = one/"stages", other/"stages"
     names = [sorted(p.name for p in root.iterdir()) for root in (one, other)]
     if names[0] != names[1]: return "other stages"
     for name in names[0]:
@@ -78,8 +79,8 @@ def differs(one, other):
 
 def where(root):
     "At which stage and step a run stood when it ended."
-    begun = [p for p in root.iterdir() if p.is_dir() and not (p/"done.json").exists()] if root.exists() else []
-    return ", ".join(f"{p.name.rpartition('-')[0]}: {[0, *(m['step'] for m in Folder(p).metrics())][-1]}" for p in sorted(begun)) or "between stages"
+    begun = [p for p in (root/"stages").glob("*") if not (p/"done.json").exists()]
+    return ", ".join(f"{p.name.rsplit('-', 2)[0]}: {[0, *(m['step'] for m in Folder(p).metrics())][-1]}" for p in sorted(begun)) or "between stages"
 
 
 def killed(root, number, moment, straight):
@@ -99,7 +100,7 @@ def main(kills=20, seed=0):
         if ended(child(straight := Path(d)/"straight")): sys.exit(Path(f"{straight}.log").read_text())
         took = time.monotonic() - start
         rows = [killed(Path(d)/f"{k}", draw.choice(SIGNALS), draw.uniform(0, took), straight) for k in range(int(kills))]
-        print(f"undisturbed: {took:.1f} s, {len(list(straight.iterdir()))} stages")
+        print(f"undisturbed: {took:.1f} s, {len(list(straight.glob('stages/*')))} stages")
     table = pd.DataFrame(rows)
     print(table.to_string())
     equal = int((table.equal == "yes").sum())
