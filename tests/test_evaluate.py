@@ -1,10 +1,12 @@
 "What evaluation promises to the floors above: it leaves no trace, counts every image, and reads what a run folder holds."
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from m2mkd import core, evaluate, folder, report
+from m2mkd import core, evaluate, folder, report, stats
 
 
 @pytest.fixture
@@ -100,6 +102,46 @@ def test_bootstrap_is_deterministic_and_paired():
 ])
 def test_bootstrap_refuses(a, b, message):
     with pytest.raises(ValueError, match=message): evaluate.paired_bootstrap(a, b, seed=0)
+
+SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]   # Student 1908; R: t.test(extra ~ group, sleep, paired)
+
+def test_golden_numbers_over_seeds():
+    "Textbook numbers: another ddof, quantile, tail or pairing gives others."
+    assert stats.t_interval(SLEEP) == pytest.approx((1.58, 0.7001142, 2.4598858), abs=1e-7)
+    assert stats.t_test(SLEEP) == pytest.approx(0.002833, abs=5e-7) == stats.t_test(np.negative(SLEEP))
+    assert stats.t_interval([1, 2, 3], 0.9) == pytest.approx((2, 2 - 2.919986 / 3**0.5, 2 + 2.919986 / 3**0.5), abs=1e-6)
+    assert evaluate.t_interval is stats.t_interval and evaluate.Interval is stats.Interval
+
+def test_golden_numbers_over_images():
+    "Binomial(100, 1/2): 2.5 % lie below 40, 97.5 % at most at 60; 5 % and 95 %: 42 and 58. Frozen: as it was in evaluate."
+    a, b = np.ones((2, 100)), np.stack([np.arange(100) >= 50] * 2)
+    assert stats.paired_bootstrap(a, b, seed=0) == pytest.approx((0.5, 0.4, 0.6), abs=1e-12)
+    assert stats.paired_bootstrap(a[0], b[0], seed=0, confidence=0.9) == pytest.approx((0.5, 0.42, 0.58), abs=1e-12)
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 400)) < 0.6, rng.random((3, 400)) < 0.5
+    assert stats.paired_bootstrap(a, b, seed=1) == pytest.approx((0.045, 0.005, 0.08583333333333333), abs=1e-15)
+    assert evaluate.paired_bootstrap is stats.paired_bootstrap
+
+@pytest.mark.parametrize("d", [[1, 1, 1, 1, 1, -2], [3, 1, 2, -4, 4, 4, 5.5], [0, 1, 2, 3, -4, 5, 6], [-1, -2, -3, -4, -5, -6]])
+def test_signed_ranks_are_exact_with_ties_and_zeros(d):
+    "All signs of the ranks, counted one by one."
+    d = np.array([x for x in d if x])
+    ranks = np.array([np.mean(np.flatnonzero(np.sort(abs(d)) == abs(x)) + 1) for x in d])
+    sums = np.array([ranks @ signs for signs in itertools.product([1, -1], repeat=len(d))])
+    wanted = np.mean(abs(sums) >= abs(ranks @ np.sign(d)) - 1e-9)
+    assert stats.signed_rank(d if len(d) > 5 else [*d, 0]) == pytest.approx(wanted, abs=1e-12)
+
+def test_signed_ranks_of_few_and_of_many():
+    assert np.isnan(stats.signed_rank([1, 2, 3, 4, 5])) and stats.signed_rank([0] * 6) == 1
+    assert 0 < stats.signed_rank(range(1, 21)) < 1e-4
+
+def test_holm_by_hand():
+    "R: p.adjust(c(.01, .04, .03, .005), 'holm')."
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([float("nan"), 0.04, 0.03]) == pytest.approx([float("nan"), 0.06, 0.06], nan_ok=True)
+    assert stats.holm([0.6, 0.9]) == [1, 1] and stats.holm([]) == []
+    with pytest.raises(ValueError, match="from 0 to 1"): stats.holm([0.5, 1.5])
+
 
 @pytest.mark.parametrize("differences, message", [([0.1], "at least 2"), ([], "at least 2"), ([0.1, float("nan")], "finite")])
 def test_t_interval_refuses(differences, message):

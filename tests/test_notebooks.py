@@ -13,7 +13,7 @@ shown_to_all = [p for p in shown_to_all if not {".ipynb_checkpoints", "quickstar
 each = lambda files: pytest.mark.parametrize("path", files, ids=lambda f: f"{f.parent.name}/{f.stem}")
 
 KNOWN = {"make", "read", "digits", "sample-photo", "matrix"}           # beside parameters
-LIGHT = set("bars core folder lock report stage stats stop study".split())      # modules of ours without torch
+LIGHT = set("bars core folder lock pages report results stage stats stop study".split())      # modules of ours without torch
 HEAVY = set("torch torchvision timm kornia datasets sklearn torchmetrics safetensors accelerate".split())
 
 
