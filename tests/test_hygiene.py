@@ -94,7 +94,9 @@ texts = [p for p in texts if not {"quickstart", "smoke"} & set(p.relative_to(roo
 def linked(path):
     "Relative links of a Markdown file or of a notebook's text; code and formulas have none."
     text = path.read_text()
-    if path.suffix == ".ipynb": text = "\n\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
     return LINK.findall(re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$", "", text, flags=re.S))
 
 @pytest.mark.parametrize("path", texts + lessons + experiments, ids=lambda p: str(p.relative_to(root)))
@@ -102,8 +104,10 @@ def test_links_lead_somewhere(path):
     assert not [link for link in linked(path) if not (path.parent/unquote(link)).exists()]
 
 def test_broken_links_are_found(tmp_path):
-    (tmp_path/"a.md").write_text("[a](b.md) ![p](c/d.svg 'title') [x](https://a.b/c) [y](#z) [q](a.md#there) <img src=\"e.svg\"> `[n](o)`")
-    assert linked(tmp_path/"a.md") == ["b.md", "c/d.svg", "a.md", "e.svg"] and len(linked(root/"README.md")) > 10
+    (tmp_path/"a.md").write_text("[a](b.md) ![p](c/d.svg 'title') [x](https://a.b/c) [y](#z) [q](a.md#there) "
+                                 "<img src=\"e.svg\"> `[n](o)`")
+    assert linked(tmp_path/"a.md") == ["b.md", "c/d.svg", "a.md", "e.svg"]
+    assert len(linked(root/"README.md")) > 10
 
 def results(text):
     "What stands between the two comments of the results block."
@@ -117,10 +121,11 @@ def test_the_results_are_in_the_readme():
     assert results(here).replace("](../", "](") == results((root/"README.md").read_text())
 
 
-MESSAGES_FROM = "0c6b93e "          # commits that are not before this one have a subject of 72 characters at most, and a body that says why
+MESSAGES_FROM = "0c6b93e"       # what is not before this commit has a subject of at most 72 characters, and a body
 
 def bad_messages(folder, since):
-    "Subjects of commits after `since`, merges left out, that are too long or stand alone; None where git does not know it."
+    """Subjects of commits that are not before `since`, merges left out, that are too long or stand alone; None where git
+    does not know it."""
     def git(*words): return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
     if git("merge-base", "--is-ancestor", since, "HEAD").returncode: return None
     said = git("log", "--no-merges", "--format=%s%x01%b%x00", f"{since}..HEAD").stdout.split("\0")
@@ -136,11 +141,13 @@ def test_bad_messages_are_found(tmp_path):
     def commit(*words):
         who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         subprocess.run(["git", *who, "commit", "-q", "--allow-empty", *words], cwd=tmp_path, check=True)
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True).strip()
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     first = commit("-m", "x" * 99)
-    for words in (("-m", "good", "-m", "why"), ("-m", "y" * 73, "-m", "why"), ("-m", "alone"), ("-m", "z" * 72, "-m", "why")): commit(*words)
-    assert bad_messages(tmp_path, first) == ["alone", "y" * 73] and bad_messages(tmp_path, "f" * 40) is None
+    for subject in ("good", "y" * 73, "z" * 72): commit("-m", subject, "-m", "why")
+    commit("-m", "alone")
+    assert bad_messages(tmp_path, first) == ["alone", "y" * 73]
+    assert bad_messages(tmp_path, "f" * 40) is None
 
 
 def test_cleaning_keeps_the_parameters_tag():
