@@ -2,6 +2,7 @@
 import ast, re, subprocess
 from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -86,9 +87,67 @@ def test_notebook_has_no_error_and_no_widget(path):
         assert not kinds & {"error", "application/vnd.jupyter.widget-view+json"}, cell.source[:80]
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r'(?:\]\(|src=")(?!https?:|#)([^)#"]+)', (root/"README.md").read_text())
-    assert len(links) > 10 and not [link for link in links if not (root/link).exists()]
+LINK = re.compile(r"""(?:\]\(\s*<?|(?:src|href)=["'])(?![a-z]+:|#|//)([^)>\s"'#?]+)""")      # of a text or a picture, to a file
+texts = [root/name for name in "README.md CONTRIBUTING.md LOG.md CHANGELOG.md".split()] + sorted((root/"runs").rglob("*.md"))
+texts = [p for p in texts if not {"quickstart", "smoke"} & set(p.relative_to(root).parts)]
+
+def linked(path):
+    "Relative links of a Markdown file or of a notebook's text; code and formulas have none."
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    return LINK.findall(re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$", "", text, flags=re.S))
+
+@pytest.mark.parametrize("path", texts + lessons + experiments, ids=lambda p: str(p.relative_to(root)))
+def test_links_lead_somewhere(path):
+    assert not [link for link in linked(path) if not (path.parent/unquote(link)).exists()]
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path/"a.md").write_text("[a](b.md) ![p](c/d.svg 'title') [x](https://a.b/c) [y](#z) [q](a.md#there) "
+                                 "<img src=\"e.svg\"> `[n](o)`")
+    assert linked(tmp_path/"a.md") == ["b.md", "c/d.svg", "a.md", "e.svg"]
+    assert len(linked(root/"README.md")) > 10
+
+def results(text):
+    "What stands between the two comments of the results block."
+    found = re.findall(r"^<!-- results -->$(.*?)^<!-- /results -->$", text, re.S | re.M)
+    assert len(found) == 1 == text.count("<!-- results -->") == text.count("<!-- /results -->")
+    return found[0].strip()
+
+def test_the_results_are_in_the_readme():
+    cells = nbformat.read(root/"nbs/index.ipynb", as_version=4).cells
+    here, = (c.source for c in cells if "<!-- results -->" in c.source)
+    assert results(here).replace("](../", "](") == results((root/"README.md").read_text())
+
+
+MESSAGES_FROM = "0c6b93e"       # what is not before this commit has a subject of at most 72 characters, and a body
+
+def bad_messages(folder, since):
+    """Subjects of commits that are not before `since`, merges left out, that are too long or stand alone; None where git
+    does not know it."""
+    def git(*words): return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+    if git("merge-base", "--is-ancestor", since, "HEAD").returncode: return None
+    said = git("log", "--no-merges", "--format=%s%x01%b%x00", f"{since}..HEAD").stdout.split("\0")
+    pairs = [m.strip("\n").partition("\x01") for m in said if m.strip()]
+    return [subject for subject, _, body in pairs if len(subject) > 72 or not body.strip()]
+
+def test_commits_have_a_short_subject_and_a_reason():
+    bad = bad_messages(root, MESSAGES_FROM)
+    if bad is None: pytest.skip("not a checkout with that history")
+    assert not bad
+
+def test_bad_messages_are_found(tmp_path):
+    def commit(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *who, "commit", "-q", "--allow-empty", *words], cwd=tmp_path, check=True)
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True).strip()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    first = commit("-m", "x" * 99)
+    for subject in ("good", "y" * 73, "z" * 72): commit("-m", subject, "-m", "why")
+    commit("-m", "alone")
+    assert bad_messages(tmp_path, first) == ["alone", "y" * 73]
+    assert bad_messages(tmp_path, "f" * 40) is None
 
 
 def test_cleaning_keeps_the_parameters_tag():

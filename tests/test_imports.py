@@ -9,7 +9,8 @@ import m2mkd
 
 root = Path(__file__).resolve().parents[1]
 
-TORCH_FREE = "bars", "core", "lock", "stats", "stop"
+TORCH_FREE = ("bars", "core", "folder", "lock", "pages", "results", "stage", "stats", "stop",
+              "study")
 MAKERS = ("torch", "torchvision", "timm", "safetensors", "kornia", "datasets", "accelerate",
           "torchmetrics")
 

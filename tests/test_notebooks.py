@@ -1,4 +1,4 @@
-"What a notebook's cells may show and need: pictures and tags, read cells without torch, smoke runs."
+"What a notebook's cells may show and need: pictures and tags, reading without torch, smoke runs."
 import ast, re, subprocess, symtable
 from pathlib import Path
 
@@ -11,15 +11,18 @@ import m2mkd
 root = Path(__file__).resolve().parents[1]
 experiments = sorted((root/"nbs/experiments").glob("*.ipynb"))
 shown_to_all = sorted((root/"nbs").rglob("[!_.]*.ipynb")) + sorted((root/"runs").rglob("*.ipynb"))
-shown_to_all = [p for p in shown_to_all if not {".ipynb_checkpoints", "quickstart", "smoke"} & set(p.parts[:-1])]
-each = lambda files: pytest.mark.parametrize("path", files, ids=lambda f: f"{f.parent.name}/{f.stem}")
+ignored = {".ipynb_checkpoints", "quickstart", "smoke"}
+shown_to_all = [p for p in shown_to_all if not ignored & set(p.relative_to(root).parts[:-1])]
+def each(files):
+    return pytest.mark.parametrize("path", files, ids=lambda f: f"{f.parent.name}/{f.stem}")
 
 KNOWN = {"make", "read", "digits", "sample-photo", "matrix"}           # beside parameters
-LIGHT = set("bars core folder lock report stage stats stop study".split())      # modules of ours without torch
-HEAVY = set("torch torchvision timm kornia datasets sklearn torchmetrics safetensors accelerate".split())
+LIGHT = set("bars core folder lock pages report results stage stats stop study".split())  # of ours
+HEAVY = set("torch torchvision timm kornia datasets sklearn torchmetrics safetensors".split()) | {"accelerate"}
 
 
-def cells_of(path, kind="code"): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+def cells_of(path, kind="code"):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
 
 def tags(cell): return set(cell.metadata.get("tags", ()))
 
@@ -28,26 +31,26 @@ def plain(source):
     return "\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.splitlines())
 
 
-# --- pictures of a data set: its terms forbid them, but for digits and scikit-learn's photographs ---
+# --- pictures of a data set: forbidden by its terms, but for digits and scikit-learn's photographs
 
 DRAWS = r"imshow|imsave|figimage|matshow|spy|pcolor\w*|heatmap|clustermap|\w*OffsetImage|BboxImage"
 DRAWS = re.compile(rf"\b(?:{DRAWS}|show_\w*(?:image|batch|picture)\w*|save_image|make_grid)\b")
 CANVAS = re.compile(r"\b(?:subplots|figure|Figure|subplot\w*|add_axes|gca|gcf|FacetGrid)\(")
-PICTURE = {"image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/svg+xml", "application/pdf"}
+PICTURE = {f"image/{kind}" for kind in "png jpeg gif webp bmp svg+xml".split()} | {"application/pdf"}
 
 
 def draws(text, names=frozenset()):
-    "Whether a text draws: by a word of its own, or by one of the `names` that it loads and does not bind itself."
-    kind = {how: {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and isinstance(n.ctx, how)}
-            for how in (ast.Load, ast.Store)}
-    return bool(DRAWS.search(text) or (kind[ast.Load] - kind[ast.Store]) & names)
+    "Whether a text draws: by a word, or by one of `names` that it loads and does not bind itself."
+    found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)]
+    own = {n.id for n in found if isinstance(n.ctx, ast.Store)}
+    return bool(DRAWS.search(text) or {n.id for n in found} & names - own)
 
 def drawing_names(sources):
     """Names by which a cell comes to show a picture: functions that draw one, what is assigned from them, and
     figures and axes that are drawn upon."""
-    statements = [(node, ast.get_source_segment(s, node)) for s in sources for node in ast.parse(s).body]
-    binds = [{n.id for t in getattr(node, "targets", ()) for n in ast.walk(t) if isinstance(n, ast.Name)}
-             for node, _ in statements]
+    statements = [(n, ast.get_source_segment(s, n)) for s in sources for n in ast.parse(s).body]
+    parts = [[n for t in getattr(node, "targets", ()) for n in ast.walk(t)] for node, _ in statements]
+    binds = [{n.id for n in some if isinstance(n, ast.Name)} for some in parts]
     canvases = [names for names, (_, text) in zip(binds, statements) if CANVAS.search(text)]
     names, before = set(), None
     while names != before:
@@ -62,7 +65,8 @@ def drawing_names(sources):
 def pictures(output):
     "Of a cell's output: (whether it shows a picture, whether that holds pixels beyond doubt)."
     data = output.get("data", {})
-    text = " ".join("".join(data.get(k, "")) for k in ("text/html", "text/markdown", "image/svg+xml", "text/latex"))
+    kinds = "text/html", "text/markdown", "text/latex", "image/svg+xml"
+    text = " ".join("".join(data.get(k, "")) for k in kinds)
     sure = bool(re.search(r"<image\b|<img\b|data:image|!\[[^]]*\]\(attachment", text))
     what = "".join(data.get("text/plain", ""))[:60]
     sure |= "image/jpeg" in data or "PIL" in what or "core.display.Image" in what
@@ -78,15 +82,17 @@ def untold(path, given=("digits", "sample-photo", "matrix")):
         seen, sure = zip(*map(pictures, cell.get("outputs", [])), (False, False))
         drawn = any(sure) or any(seen) and draws(plain(cell.source), names)
         if drawn and not tags(cell) & set(given): found.append(cell)
-    found += [c for c in cells_of(path, "markdown") if c.get("attachments") or "data:image" in c.source]
+    texts = cells_of(path, "markdown")
+    found += [c for c in texts if c.get("attachments") or "data:image" in c.source]
     return [f"{path.name}, cell {c.id}: a picture, and no tag of {', '.join(given)} says of what: "
             f"{c.source[:60]!r}" for c in found]
 
 
 @each(shown_to_all)
 def test_no_picture_of_a_data_set(path):
-    real = root/"runs" in path.parents                                  # there `digits` would be what the smoke run showed
-    assert not untold(path, ("sample-photo", "matrix") if real else ("digits", "sample-photo", "matrix"))
+    given = "sample-photo", "matrix"
+    if root/"runs" not in path.parents: given += "digits",        # there it would be what the smoke run showed
+    assert not untold(path, given)
 
 
 def test_the_library_draws_no_pictures():
@@ -98,32 +104,44 @@ def tracked():
     if run.returncode: pytest.skip("not a git checkout")
     return [root/name for name in run.stdout.split("\0") if name and (root/name).exists()]
 
-RASTER = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".ico", ".avif"}
-SETS = {".parquet", ".arrow", ".npz", ".npy", ".tar", ".zip", ".gz", ".mat"}
-MATRICES = re.compile(r"_(graphs|scales|matrix)\.svg$")                # heat maps of numbers, embedded as pixels
+RASTER = set(".png .jpg .jpeg .jpe .jfif .gif .webp .bmp .tif .tiff .ppm .ico .avif".split())
+SETS = set(".parquet .arrow .npz .npy .tar .zip .gz .mat".split())
+MATRICES = re.compile(r"_(graphs|scales|matrix)\.svg$")          # heat maps of numbers, embedded as pixels
 
 def misplaced(files):
     "Files that are pictures or data sets, or drawings with pixels in them."
-    return [f.name for f in files if f.suffix.lower() in RASTER | SETS
-            or f.suffix == ".svg" and not MATRICES.search(f.name) and re.search(r"<image\b|data:image", f.read_text())]
+    def pixels(f): return not MATRICES.search(f.name) and re.search(r"<image\b|data:image", f.read_text())
+    return [f.name for f in files if f.suffix.lower() in RASTER | SETS or f.suffix == ".svg" and pixels(f)]
 
 def test_no_picture_file_of_a_data_set(): assert not misplaced(tracked())
 
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
-SHOWN = [new_output("display_data", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"})]
-AS_PIL = [new_output("execute_result", {"image/png": PNG, "image/jpeg": PNG, "text/plain": "<PIL.Image.Image>"})]
-AS_SVG = [new_output("display_data", {"image/svg+xml": "<svg><image/></svg>"})]
-AS_HTML = [new_output("display_data", {"text/html": f'<table><img src="data:image/png;base64,{PNG}"></table>'})]
-AS_FILE = [new_output("display_data", {"image/png": PNG, "text/plain": "<IPython.core.display.Image object>"})]
+def output(**data):
+    kinds = dict(png="image/png", jpeg="image/jpeg", svg="image/svg+xml", html="text/html", text="text/plain")
+    return [new_output("display_data", {kinds[k]: v for k, v in data.items()})]
+
+SHOWN = output(png=PNG, text="<Figure size 1x1 with 1 Axes>")
+AS_PIL = output(png=PNG, jpeg=PNG, text="<PIL.Image.Image>")
+AS_SVG = output(svg="<svg><image/></svg>")
+AS_HTML = output(html=f'<table><img src="data:image/png;base64,{PNG}"></table>')
+AS_FILE = output(png=PNG, text="<IPython.core.display.Image object>")
 
 @pytest.mark.parametrize("sources,outputs", [
-    (["plt.imshow(images[0])"], SHOWN), (["ax.pcolormesh(x)"], SHOWN), (["f(x)"], AS_PIL), (["f(x)"], AS_SVG), (["f(x)"], AS_HTML),
+    (["plt.imshow(images[0])"], SHOWN),
+    (["ax.pcolormesh(x)"], SHOWN),
+    (["f(x)"], AS_PIL),
+    (["f(x)"], AS_SVG),
+    (["f(x)"], AS_HTML),
     (["def thumbs(x):\n    for a in x: ax.imshow(a)", "thumbs(images)"], SHOWN),
     (["def a(x): ax.imshow(x)", "def b(x): a(x)", "def c(x): b(x)\nc(images)"], SHOWN),
-    (["figure, axes = plt.subplots()\naxes[0].imshow(x)", "figure"], SHOWN), (["draw = plt.imshow", "draw(x)"], SHOWN),
-    (["getattr(plt, 'imshow')(x)"], SHOWN), (["%matplotlib inline\nshow_images(x)"], SHOWN), (["display(Image('a.png'))"], AS_FILE),
-    (["figure, axes = plt.subplots()", "for ax in axes: ax.imshow(x)", "figure"], SHOWN), (["f = thumbs = partial(plt.imshow)", "f(x)"], SHOWN)])
+    (["figure, axes = plt.subplots()\naxes[0].imshow(x)", "figure"], SHOWN),
+    (["draw = plt.imshow", "draw(x)"], SHOWN),
+    (["getattr(plt, 'imshow')(x)"], SHOWN),
+    (["%matplotlib inline\nshow_images(x)"], SHOWN),
+    (["display(Image('a.png'))"], AS_FILE),
+    (["figure, axes = plt.subplots()", "for ax in axes: ax.imshow(x)", "figure"], SHOWN),
+    (["f = thumbs = partial(plt.imshow)", "f(x)"], SHOWN)])
 def test_a_picture_without_a_tag_is_found(tmp_path, sources, outputs):
     nb = new_notebook(cells=[*map(new_code_cell, sources)])
     nb.cells[-1].outputs = outputs
@@ -151,17 +169,18 @@ def test_a_picture_file_is_found(tmp_path):
 # --- tags: what makes and what reads ---
 
 def names(source):
-    """(bound, loaded now, loaded later) of a cell: names that it binds at its top, in order of statements those that
-    it loads before it has bound them, and those that its functions load when they are called."""
+    """(bound, loaded now, loaded later) of a cell: names that it binds at its top, those that it loads
+    before it has bound them, and those that its functions load when they are called."""
     bound, now, later = set(), set(), set()
     for node in ast.parse(plain(source)).body:
         table = symtable.symtable(ast.unparse(node), "cell", "exec")
-        whole = not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr))  # for, with, def: bind, then load
-        mine = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
-        mine -= {n.get_name() for n in table.get_children() if n.get_name() in ("genexpr", "listcomp", "lambda")}
-        used = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
+        simple = isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr))   # load, then bind
+        symbols = table.get_symbols()
+        mine = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+        mine -= {"genexpr", "listcomp", "setcomp", "dictcomp", "lambda"}
+        used = {s.get_name() for s in symbols if s.is_referenced()}
         walrus = {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
-        now |= used - bound - walrus - (mine if whole else set())
+        now |= used - bound - walrus - (set() if simple else mine)
         if isinstance(node, ast.AugAssign): now |= mine - bound
         bound |= mine | walrus
         later |= inner(table)
@@ -173,7 +192,7 @@ def inner(table):
             if s.is_global() and s.is_referenced()}.union(*map(inner, table.get_children()))
 
 def made_only(cells):
-    "{name: source of the read cell} of names that read cells load and that only cells tagged `make` have bound by then."
+    "{name: read cell} of names that a read cell loads and that only `make` cells have bound by then."
     found, made, had, owed = {}, set(), set(), {}
     for cell in cells:
         bound, now, later = names(cell.source)
@@ -210,21 +229,33 @@ def test_tags_of_cells(path):
 def cell(tag, source): return new_code_cell(source, metadata={"tags": [tag]} if tag else {})
 
 @pytest.mark.parametrize("sources,wrong", [
-    ([("make", "stage = 1"), ("read", "print(stage)")], {"stage"}), ([("make", "a = 1"), ("read", "a += 1")], {"a"}),
-    ([("make", "a = 1"), ("read", "a = a + 1")], {"a"}), ([("make", "a = 1"), ("read", "a = 2\nprint(a)")], set()),
-    ([("make", "a = 1"), ("read", "def f(): return a")], {"a"}), ([("make", "a = 1"), ("read", "def f(a): return a")], set()),
-    ([("make", "a = 1"), ("read", "[a for a in (1,)]")], set()), ([("make", "a = 1"), ("read", "[b for b in a]")], {"a"}),
-    ([("make", "import numpy as np"), ("read", "np.zeros(1)")], {"np"}), ([("make", "def f(): 0"), ("read", "x = lambda: f()")], {"f"}),
+    ([("make", "stage = 1"), ("read", "print(stage)")], {"stage"}),
+    ([("make", "a = 1"), ("read", "a += 1")], {"a"}),
+    ([("make", "a = 1"), ("read", "a = a + 1")], {"a"}),
+    ([("make", "a = 1"), ("read", "a = 2\nprint(a)")], set()),
+    ([("make", "a = 1"), ("read", "def f(): return a")], {"a"}),
+    ([("make", "a = 1"), ("read", "def f(a): return a")], set()),
+    ([("make", "a = 1"), ("read", "[a for a in (1,)]")], set()),
+    ([("make", "a = 1"), ("read", "[b for b in a]")], {"a"}),
+    ([("make", "import numpy as np"), ("read", "np.zeros(1)")], {"np"}),
+    ([("make", "def f(): 0"), ("read", "x = lambda: f()")], {"f"}),
     ([("make", "import numpy as np"), ("read", "import numpy as np"), ("read", "np.zeros(1)")], set()),
-    ([("make", "for a in (1,): pass"), ("read", "f'{a}'")], {"a"}), ([("make", "with x as a: pass"), ("read", "%time\na.b")], {"a"}),
-    ([("make", "a = 1"), ("", "a = 2"), ("read", "a")], set()), ([("make", "if (a := 1): pass"), ("read", "print(a)")], {"a"}),
-    ([("make", "a = 1"), ("read", "print(a)"), ("read", "a = 2")], {"a"}), ([("make", "x = 1"), ("read", "for x in (1,): print(x)")], set())])
+    ([("make", "for a in (1,): pass"), ("read", "f'{a}'")], {"a"}),
+    ([("make", "with x as a: pass"), ("read", "%time\na.b")], {"a"}),
+    ([("make", "a = 1"), ("", "a = 2"), ("read", "a")], set()),
+    ([("make", "if (a := 1): pass"), ("read", "print(a)")], {"a"}),
+    ([("make", "a = 1"), ("read", "print(a)"), ("read", "a = 2")], {"a"}),
+    ([("make", "x = 1"), ("read", "for x in (1,): print(x)")], set())])
 def test_what_only_make_cells_define_is_found(sources, wrong):
     assert set(made_only([cell(*s) for s in sources])) == wrong
 
 @pytest.mark.parametrize("source,wrong", [
-    ("import torch.nn as nn", {"torch.nn"}), ("from m2mkd.pipeline import Lab", {"pipeline"}), ("from m2mkd import data", {"data"}),
-    ("def f():\n    import timm", {"timm"}), ("import m2mkd.train", {"train"}), ("from m2mkd import study, report\nimport pandas", set()),
+    ("import torch.nn as nn", {"torch.nn"}),
+    ("from m2mkd.pipeline import Lab", {"pipeline"}),
+    ("from m2mkd import data", {"data"}),
+    ("def f():\n    import timm", {"timm"}),
+    ("import m2mkd.train", {"train"}),
+    ("from m2mkd import study, report\nimport pandas", set()),
     ("from m2mkd.study import Study\nimport seaborn as sns", set())])
 def test_heavy_imports_are_found(source, wrong): assert heavy(source) == wrong
 
@@ -238,10 +269,11 @@ def default(path, name):
     raise AssertionError(f"{path.name} has no parameter {name}")
 
 def unsaid(path):
-    "What is missing at the top of an experiment whose stored outputs are those of a smoke run; empty where nothing is."
+    "What is missing at the top of an experiment with the outputs of a smoke run; empty: nothing."
     if not any(c.get("outputs") for c in cells_of(path)) or not default(path, "smoke"): return ""
     top = "\n".join(c.source for c in cells_of(path, "markdown")[:2])
-    if "outputs here are a smoke run" not in " ".join(top.split()): return f"{path.name}: say on top: The outputs here are a smoke run"
+    if "outputs here are a smoke run" not in " ".join(top.split()):
+        return f"{path.name}: say on top: The outputs here are a smoke run"
     links = [link for link in re.findall(r"\]\(([^)#]+)", top) if re.search(r"\bruns\b", link)]
     bad = [link for link in links if not (path.parent/link).exists()]
     return f"{path.name}: link the real run in runs/: {bad or 'no link'}" if bad or not links else ""
@@ -252,7 +284,8 @@ def test_smoke_outputs_say_so(path):
     assert not unsaid(path)
 
 def test_smoke_outputs_that_do_not_say_so_are_found(tmp_path):
-    nb = new_notebook(cells=[new_markdown_cell("# a study"), cell("parameters", "smoke: bool = True  # small"), cell("", "print(1)")])
+    parameters = cell("parameters", "smoke: bool = True  # small")
+    nb = new_notebook(cells=[new_markdown_cell("# a study"), parameters, cell("", "print(1)")])
     def found():
         nbformat.write(nb, tmp_path/"study.ipynb")
         return unsaid(tmp_path/"study.ipynb")
