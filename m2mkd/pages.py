@@ -38,7 +38,7 @@ def duration(seconds):
     if seconds < 120: return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
-def _chance(p): return "" if missing(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _chance(p): return "" if missing(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 # %% ../nbs/12b_pages.ipynb #d90db4d0
 _HEALTH = {"meta": "meta model (%)", "teacher": "teacher's module in it (%)",
@@ -164,9 +164,9 @@ def answers(results):
 def _has_arms(results): return isinstance(results, Study) and bool(results.cells)
 
 # %% ../nbs/12b_pages.ipynb #7c55d18a
-_ABOUT = """Top-1 accuracy less that of {against}, seed by seed. *Over seeds*: Student's t, what
-other seeds would say of these images; *over test images*: a bootstrap, what other images would say
-of these models. p-values are two-sided, of no difference; Holm's count all rows of this table."""
+_ABOUT = """Differences of top-1 accuracy, seed by seed. *Over seeds*: Student's t, what other seeds
+would say of these images; *over test images*: a bootstrap, what other images would say of these
+models. p-values are two-sided, of no difference; Holm's count all rows of a table."""
 _COSTS = """Of an arm: means over seeds, of everything that it needed. The student alone; with a
 given teacher's forward passes and the meta model; with all of the teacher's own training."""
 _SEEDS = """Top-1 accuracy; a number leads to its stage's metrics, whose folder holds its settings,
@@ -175,11 +175,11 @@ _HYBRIDS = """The meta model with one link replaced, by a module of the teacher 
 top-1, and the divergence of the student's from the teacher's. Where they fall far below the meta
 model, the modules do not fit."""
 
-def _contrast(study, asked):
-    "(title, text) of one table of differences."
-    along, against = asked.get("along", "arm"), asked.get("baseline") or study.baseline
-    title = "Differences from " + (f"{along} {against}" if along != "arm" else f"{against}")
-    return title, f"{_ABOUT.format(against=against)}\n\n{differences(study, **asked).markdown}"
+def _contrasts(study):
+    "Its tables of differences, one below the other."
+    if len(study.arms) < 2 or not study.baseline: return []
+    tables = [differences(study, **asked).markdown for asked in study.contrasts]
+    return [("Differences", "\n\n".join([_ABOUT, *tables]))] if tables else []
 
 def _linked(study):
     below = "stages/" if (study.folder/"stages").is_dir() else ""
@@ -194,9 +194,7 @@ def _folded(text):
 
 def _arms(study):
     "The parts of a page that only a study with arms has."
-    several = len(study.arms) > 1 and study.baseline
-    parts = [("Accuracy", accuracy(study).markdown),
-             *(_contrast(study, asked) for asked in study.contrasts if several),
+    parts = [("Accuracy", accuracy(study).markdown), *_contrasts(study),
              ("Each seed", f"{_SEEDS}\n\n{_linked(study)}"),
              ("Cost", f"{_COSTS}\n\n{cost(study).markdown}")]
     if not len(study.health()): return parts
@@ -267,14 +265,14 @@ def _line(results, folder, figures):
     arms = _has_arms(results)
     spent = arms and results.cost().iloc[0]
     commit = (results.environment.get("commit") or "")[:8]
-    at, first = _link(folder, results.folder), next(iter(figures), None)
-    picture = f"; [figure]({_link(folder, first)})" if first else ""
-    return {"run": f"[{results.experiment}, {results.name}]({at}/README.md){picture}",
-            "question": results.question, "answer": "<br>".join(answers(results)),
+    name = f"[{results.experiment}, {results.name}]({_link(folder, results.folder)}/README.md)"
+    pictures = [f"[figure]({_link(folder, path)})" for path in list(figures)[:1]]
+    return {"run, question": f"{name}<br>{results.question}",
+            "answer": "<br>".join(answers(results)),
             "arms": "; ".join(results.arms) if arms else "",
             "seeds": str(len(results.seeds)) if arms else "",
             "cost": f"{spent.trained:.3g} TFLOP, {duration(spent.seconds)}" if arms else "",
-            "commit": f"`{commit}`" if commit else ""}
+            "commit, figure": "<br>".join([f"`{commit}`"] * bool(commit) + pictures)}
 
 def index(folder, figures=()):
     """runs/README.md, as markdown: a line a run below `folder` (`runs_in`). `figures`:
@@ -290,7 +288,7 @@ def index(folder, figures=()):
 
 # %% ../nbs/12b_pages.ipynb #b1200005
 _HEADS = ("the paper says", "ours, equal fine-tuning", "ours, equal total compute",
-          "TFLOP, E2E → m2mKD", "data", "study")
+          "TFLOP, E2E → m2mKD", "study")
 
 def _rows(study, claim, folder):
     "The lines of one study in the README's table, {head: text}."
@@ -298,7 +296,7 @@ def _rows(study, claim, folder):
     for levels, *both in comparisons(study):
         name = ", ".join(filter(None, (study.name, _levels(levels))))
         yield dict(zip(_HEADS, (claim, *(_in_words(study, rows) for rows in both),
-                                _paid(study, levels), study.data, f"[{name}]({at})")))
+                                _paid(study, levels), f"[{name}]({at})")))
 
 def _paid(study, levels):
     "Mean total compute of the baseline and of the primary arm."
@@ -313,6 +311,12 @@ def _tally(rows):
     behind = sum(row["t_high"] < 0 for row in rows)
     said = f"in {sum(row['t_low'] > 0 for row in rows)} of {len(rows)}"
     return said, f", and behind in {behind}" if behind else ""
+
+def _by_data(studies):
+    "{data: names of the studies of which it is said}."
+    found = {}
+    for study in studies: found.setdefault(study.data or "not recorded", []).append(study.name)
+    return found
 
 def _on(results):
     "The machine of a run in words."
@@ -333,8 +337,9 @@ def results_block(studies, claims, folder="."):
     lines = [row for s in chosen for row in _rows(s, claims[s.experiment], folder)]
     seconds = sum(s.cost().seconds.sum() for s in chosen)
     machines = "; ".join(dict.fromkeys(map(_on, chosen)))
+    data = "; ".join(f"{', '.join(names)}: {its}" for its, names in _by_data(chosen).items())
     last = ("Points of top-1, m2mKD less end-to-end (E2E) training of the same student; 95 % "
             "t-intervals over seeds, paired; bold where they leave out 0. Small models on "
-            f"{machines}, {duration(seconds)} of training in all. [All studies]"
-            f"({_link(folder, chosen[0].folder.parents[1]/'README.md')}).")
+            f"{machines}; {duration(seconds)} of training in all. Data: {data}. "
+            f"[All studies]({_link(folder, chosen[0].folder.parents[1]/'README.md')}).")
     return f"{first}\n\n{shown(pd.DataFrame(lines)).markdown}\n\n{last}"

@@ -99,7 +99,7 @@ def figures_of(runs):
     "{run: its figures}: figures/<experiment>_<study>_*.svg, by the longest name that fits."
     found = {run: [] for run in runs}
     for svg in sorted((root/"figures").glob("*.svg")):
-        fit = [r for r in runs if svg.name.startswith(f"{r.parent.name}_{r.name}_")]
+        fit = [r for r in runs if f"{svg.stem}_".startswith(f"{r.parent.name}_{r.name}_")]
         if fit: found[max(fit, key=lambda r: len(r.name) + len(r.parent.name))].append(svg)
     return found
 
