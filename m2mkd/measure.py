@@ -14,15 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import progress
 from .folder import environment
+from .products import rule
 
 # %% ../nbs/09a_measure.ipynb #c0de5e12
 def _load(): return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None   # Windows
 
 def setup(device="cpu", threads=0, **more):
-    """`environment` of a benchmark that begins now, with cores and load, on so many threads of the
-    CPU (0: all cores). `more`: what else is to be recorded, such as precision."""
+    """`environment` of a benchmark that begins now, with cores, load, and why `products.rule` chose
+    as it did; on so many threads of the CPU (0: all cores). `more`: what else is to be recorded,
+    such as precision."""
     torch.set_num_threads(threads or os.cpu_count())
-    return environment(device) | dict(cores=os.cpu_count(), load=_load(), **more)
+    here = dict(why=rule().why, cores=os.cpu_count(), load=_load())
+    return environment(device) | here | more
 
 # %% ../nbs/09a_measure.ipynb #dc28c761
 def seconds(run, device="cpu"):

@@ -61,7 +61,7 @@ def machine(environment):
 SETUP = dict(device="device", processor="processor", capability="widest vectors (torch's word)",
              blas="BLAS of torch", products="large products by", why="because", cores="cores",
              threads="threads", load="load of the machine at the start", precision="precision",
-             parameters="parameters", torch="torch", commit="commit")
+             torch="torch", commit="commit")
 
 def machine_table(environment):
     "The table of what was recorded of an `environment`, in words."
