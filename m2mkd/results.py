@@ -55,7 +55,8 @@ def machine(environment):
     vectors = f" {'with' if word == 'AVX512' else 'without'} AVX-512" if word else ""
     on = (environment.get("processor") or device) + vectors
     if not device.lower().endswith("cpu"): on = f"{device} (beside {on})"
-    counts = [f"{environment[k]} {k}" for k in ("threads", "cores") if environment.get(k)]
+    counts = [f"{n} {k}{'s' * (n > 1)}" for k in ("thread", "core")
+              if (n := environment.get(f"{k}s"))]
     return ", ".join([on, " on ".join(counts), environment.get("precision") or ""]).strip(", ")
 
 SETUP = dict(device="device", processor="processor", capability="widest vectors (torch's word)",
