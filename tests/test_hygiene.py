@@ -27,7 +27,7 @@ BESIDE = dict(
     core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
     train={"arguments", "phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
-    convert={"convert_nac"})
+    convert={"convert_nac"}, measure={"folder", "products"})
 
 
 def code_cells(path): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
