@@ -342,7 +342,8 @@ class Study(Cells):
         seed of the modules that they are about, and the level of a factor that these alone are
         for (modules of one routing, say)."""
         made = {cell: {part.path for part in s.parts} for cell, s in self.cells.items()}
-        found = [s.health().reset_index().assign(**self._only(made, s))
+        found = [s.health().reset_index().assign(**(only := self._only(made, s)))
+                 .astype(dict.fromkeys(only, object))          # 50 stays one beside what is missing
                  for s in stages_in(self.folder).values() if "hybrids" in s.results]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
