@@ -85,11 +85,12 @@ def health(study):
     "Every hybrid of the study: whose module stands in the meta model, and what they then reach."
     if not len(table := study.health()):
         raise ValueError(f"the study {study.name} has no table of hybrids")
-    table, its = table.sort_values(["stage", "seed", "module"]), {}
+    by = ["stage", "seed", *(k for k in study.keys[:-2] if k in table), "module"]
+    table, its = table.sort_values(by), {}
     for name, words in _HEALTH.items():
         its[words] = table[name].map(percent) if name in table else ""
     kl = ["" if missing(x) else f"{x:.3f}" for x in table.get("kl", table.meta * float("nan"))]
-    first = table[["stage", "seed", "module"]].rename(columns={"stage": "modules"})
+    first = table[by].fillna("").rename(columns={"stage": "modules"})
     return shown(_full(first.assign(**its, **{"KL (nats)": kl})))
 
 def cost(study):
