@@ -26,7 +26,7 @@ from .evaluate import agreement, evaluate, evaluate_all
 from .folder import Folder, figures_folder, runs_folder
 from .lock import owned
 from .stage import (Pairs, Stage, adopt, blank, called, compute, cost, load, rounded,
-    stages_in, told)
+    stages_folder, stages_in, study_of, told)
 from .stop import stopping
 from .train import Runtime, Training, end_to_end, train
 from .vit import Model
@@ -163,13 +163,14 @@ def defaulted(call):
     return checked(filled)
 
 class Lab:
-    """Where a study's stages live (`root`/stages); the task, training and seed of what is not given
-    another; where it runs (`runtime`); the `floor`: the share of the meta model's accuracy that each
-    module's hybrid must reach; `again`: whether weights that are asked for and missing are made again."""
+    """Where stages live (in `root`, or in a folder `stages` in it); the task, training and seed of
+    what is not given another; where it runs (`runtime`); the `floor`: the share of the meta model's
+    accuracy that each module's hybrid must reach; `again`: whether weights that are asked for and
+    missing are made again."""
     @checked
     def __init__(self, root: ROOT, task: TASK = None, training: TRAINING = None, *,
                  runtime: RUNTIME = Runtime(), seed: SEED = 0, floor: FLOOR = 0.5, again=False):
-        self.root, self.task, self.training, self.again = root, task, training, again
+        self.root, self.task, self.training, self.again = stages_folder(root), task, training, again
         self.runtime, self.seed, self.floor, self.sets = runtime, seed, floor, {}
 
     @defaulted
@@ -194,7 +195,7 @@ class Lab:
 
     def _stages(self, records, inputs, run, seed):
         "The Stages {name: settings} of `seed`, made from `inputs`; run({name: path}) makes what is not done."
-        paths = {n: self.root/f"stages/{n}-s{seed}-{hash_of(r)}" for n, r in records.items()}
+        paths = {n: self.root/f"{n}-s{seed}-{hash_of(r)}" for n, r in records.items()}
         with stopping(", ".join(records)):
             todo = {n: p for n, p in paths.items() if not Folder(p).check(records[n]).finished()}
             for s in inputs if todo else (): s.check_weights()
@@ -278,7 +279,7 @@ class Lab:
         the true one in the study's, for paired statistics."""
         result = evaluate(model, self.test(task))
         write_json(folder/"predictions.json", result.predictions.tolist())
-        labels = self.root/f"labels/{self.sets[task][2]}.json"
+        labels = study_of(self.root)/f"labels/{self.sets[task][2]}.json"
         if not labels.exists(): write_json(labels, result.labels.tolist())
         return result.summary()
 

@@ -14,7 +14,7 @@ import pandas as pd
 from .core import known, number
 from .folder import Folder
 from .results import Results, missing, read_object, records, settings_of
-from .stage import Compute, Stage, compute, cost, stages_in
+from .stage import Compute, Stage, compute, cost, stages_in, study_of
 from .stats import Interval, holm, paired_bootstrap, signed_rank, t_interval, t_test
 
 # %% ../nbs/12a_study.ipynb #1e9b3d19
@@ -132,7 +132,7 @@ class Cells(Results):
     its stages are in."""
     def __init__(self, lab, question="", parameters=None):
         folder = lab if isinstance(lab, (str, Path)) else lab.root     # a Path has a root, too
-        super().__init__(folder, question, parameters)
+        super().__init__(study_of(folder), question, parameters)
         if folder is not lab: self.device = lab.runtime.resolved()
         self.factors, self.cells, self.rows, self.tried = None, {}, {}, {}
 

@@ -137,7 +137,7 @@ def test_seeds_floors_and_only(made, refused):
 def test_stages_that_are_no_whole_model_or_not_there(made, refused, tmp_path):
     lab, (one, two) = made.lab, made.modules
     for stage, kind, said in ((one, ValueError, f"{one.path.name} is module 0 of a model; a whole model is wanted here"), (Stage(lab.root/"none"), FileNotFoundError, "there is no stage folder"),
-                              (Stage(lab.root), ValueError, "it has no settings.json"), (Stage(next(lab.root.glob("stages/hybrids-*"))), ValueError, "holds no model")):
+                              (Stage(lab.root), ValueError, "it has no settings.json"), (Stage(next(lab.root.glob("hybrids-*"))), ValueError, "holds no model")):
         refused(lambda: lab.incubate("x", VIT, stage, TASK, BRIEF), kind, said)
         refused(lambda: lab.end_to_end("x", VIT, TASK, BRIEF, start=stage), kind, said)
         refused(lambda: lab.health(stage, made.teacher, TASK), kind, said)

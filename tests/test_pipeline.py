@@ -45,7 +45,7 @@ def stages(root): return experiment(lab_at(root))
 @pytest.fixture
 def no_training(monkeypatch): monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained again"))
 
-def folders(root): return {p.name for p in (Path(root)/"stages").glob("*")}
+def folders(root): return {p.name for p in Path(root).glob("*-s*-*")}
 
 def fails(what, *said, kind=ValueError):
     "One error of `kind`, in one line, that says all of `said`."
@@ -141,7 +141,7 @@ def test_only_some_modules(stages, root, no_training):
 
 def without_weights(root, *stages):
     "Remove the weights of the stages (all if none is given), as in a fresh clone; what is left, by name."
-    for path in [s.path for s in stages] or (Path(root)/"stages").iterdir(): (path/"model.safetensors").unlink(missing_ok=True)
+    for path in [s.path for s in stages] or Path(root).glob("*-s*-*"): (path/"model.safetensors").unlink(missing_ok=True)
     return {f: f.read_bytes() for f in Path(root).rglob("*.json*")}
 
 def test_a_clone_without_weights_is_done(stages, tmp_path, no_training):
@@ -209,7 +209,7 @@ def test_an_interrupted_experiment(stages, tmp_path, monkeypatch):
         patch.setattr(pipeline, "train", stops)
         experiment(lab_at(tmp_path))
     lab, s = lab_at(tmp_path), stages
-    lab.distill("distill", STUDENT, *(pipeline.Stage(tmp_path/"stages"/s[k].path.name, s[k].inputs) for k in ("meta", "teacher")), SOURCE, BRIEF, only=[1])
+    lab.distill("distill", STUDENT, *(pipeline.Stage(tmp_path/s[k].path.name, s[k].inputs) for k in ("meta", "teacher")), SOURCE, BRIEF, only=[1])
     assert calls[3] == ["distill-0", "distill-1", "distill-2"]
     again = experiment(lab_at(tmp_path))
     assert again["final"].path.name == s["final"].path.name

@@ -190,7 +190,7 @@ def test_shared_weights(lab, stages, tmp_path):
     large = lab.given("large", VIT.but(options=VIT.options | dict(embed_dim=256)))
     with pytest.raises(ValueError, match="the weights of large take .* MB in float16; .* less than 1 MB"): lab.shared(large)
     with pytest.raises(ValueError, match="is module 0 of a model"): lab.shared(stages["modules"][0])
-    assert not list(lab.root.glob("stages/large-shared-*"))
+    assert not list(lab.root.glob("large-shared-*"))
 
 def test_shared_weights_in_git_are_small_and_have_their_sums():
     run = subprocess.run(["git", "ls-files", "-z", "runs"], cwd=root, capture_output=True, text=True)

@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGKILL,) * 3 + (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 def method(root):
     "Meta model, incubation, teacher, distillation, student: seven trained stages and three tables of hybrids, a checkpoint every other step."
-    lab = Lab(root, runtime=Runtime(device="cpu", checkpoint_minutes=0, log_steps=2), floor=0)
+    lab = Lab(Path(root)/"stages", runtime=Runtime(device="cpu", checkpoint_minutes=0, log_steps=2), floor=0)
     meta = lab.end_to_end("meta", Meta(like=TEACHER), DIGITS, SHORT)
     teacher = lab.finetune("teacher", TEACHER, lab.incubate("incubate", TEACHER, meta, DIGITS, SHORT), DIGITS, SHORT)
     modules = lab.distill("distill", STUDENT, meta, teacher, DIGITS, SHORT, Distillation(tau=2))
