@@ -106,6 +106,8 @@ TEN = "modules made and fine-tuned on 10 classes of Tiny-ImageNet, 400 images a 
 DATA = {"vmoe_tiny_imagenet/one_set": TEN, "nac_tiny_imagenet/micro": TEN,
         "vmoe_routing/three_routings": TEN, "vmoe_tiny_imagenet/transfer":
         "modules made on 200 classes of Tiny-ImageNet (25,000 images), fine-tuned on 20 classes"}
+MORE = {"nac_tiny_imagenet/micro": dict(    # of equal_compute.ipynb; what decayed, by the records
+    controls=["scale-free"], control_seeds=[0], decay="all")}
 COMMITS = {"speed_nac": "a342b3f03e41c7154dfcee4cad0418561375ca6a",         # by LOG.md
            "speed_vmoe": "e91672dbd71519fc81773b64a75977bef7d0a08a"}
 
@@ -190,6 +192,7 @@ def study_of(folder, old, stages):
     "The Study of an old results.json: its rows in their order, then what other arms were trained."
     question, parameters = notebook(folder)
     at = f"{folder.parent.name}/{folder.name}"
+    parameters |= MORE.get(at, {})
     study = Study(folder, "E2E", question, parameters, DATA.get(at, ""), "m2mKD",
                   CONTRASTS[folder.parent.name])
     cells = cells_of(CELLS[folder.parent.name], stages)
