@@ -1,4 +1,4 @@
-"What evaluation promises to the floors above: it leaves no trace, counts every image, and reads what a run folder holds."
+"What evaluation promises to the floors above: it leaves no trace, and counts every image."
 import itertools
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from m2mkd import core, evaluate, folder, report, stats
+from m2mkd import core, evaluate, stats
 
 
 @pytest.fixture
@@ -146,40 +146,3 @@ def test_holm_by_hand():
 @pytest.mark.parametrize("differences, message", [([0.1], "at least 2"), ([], "at least 2"), ([0.1, float("nan")], "finite")])
 def test_t_interval_refuses(differences, message):
     with pytest.raises(ValueError, match=message): evaluate.t_interval(differences)
-
-
-def test_report_reads_what_folder_writes(tmp_path):
-    for name, seed in (("meta", None), ("e2e", 0), ("e2e", 1)):
-        stage = folder.Folder(tmp_path/"exp"/f"{name}-{seed}").start({"seed": seed})
-        stage.log(step=1, epoch=0.5, loss=2.0)
-        stage.log(step=2, epoch=1, top1=0.5)
-        stage.finish(seconds=1.0, results={"top1": 0.5, "name": "kept"})
-    folder.Folder(tmp_path/"exp"/"e2e-2").start({"seed": 2}).log(step=1, epoch=0.5, loss=2.0)
-    runs, metrics = report.runs_table(tmp_path), report.metrics_table(tmp_path/"exp")
-    assert sorted(runs.hash) == ["0", "1", "None"] and set(runs["results.name"]) == {"kept"} and str(runs.seed.dtype) == "Int64"
-    assert len(metrics) == 6 and metrics.top1.count() == 3
-    arms = runs[runs.name == "e2e"].assign(arm="E2E")
-    report.save(report.bars(arms), tmp_path/"figures"/"bars.svg")
-    report.save(report.curves(metrics, hue="name"), tmp_path/"figures"/"curves.png")
-    assert sorted(p.name for p in (tmp_path/"figures").iterdir()) == ["bars.svg", "curves.png"]
-    assert "| E2E" in report.markdown(arms[["arm", "seed", "top1"]])
-    for done in tmp_path.rglob("done.json"): done.write_text("{")
-    with pytest.raises(ValueError) as e: report.runs_table(tmp_path)
-    assert str(e.value).count("done.json is damaged") == 3
-
-
-def test_tables_hold_only_what_a_stage_was_done_with(tmp_path):
-    "An edited done.json, a line without a step and an edited record are all named, in one error."
-    for name in "abc":
-        stage = folder.Folder(tmp_path/name)
-        core.write_json(stage/"settings.json", {"seed": 0})
-        stage.log(step=1, top1=0.5)
-        if name == "b": stage.log(top1=0.5)
-        stage.finish(results={"top1": 0.5})
-    assert len(report.runs_table(tmp_path)) == 3
-    done = core.read_json(tmp_path/"a/done.json")
-    core.write_json(tmp_path/"a/done.json", done | {"results": {"top1": 1.0}})
-    folder.Folder(tmp_path/"c").log(step=2, top1=0.9)
-    with pytest.raises(ValueError) as e: report.metrics_table(tmp_path)
-    for said in ("a/done.json has changed", "line 2 is damaged: it has no step", "c/metrics.jsonl has changed"): assert said in str(e.value)
-    with pytest.raises(ValueError, match="a/done.json has changed"): report.runs_table(tmp_path)

@@ -9,8 +9,8 @@ import m2mkd
 
 root = Path(__file__).resolve().parents[1]
 
-TORCH_FREE = ("bars", "core", "folder", "lock", "pages", "results", "stage", "stats", "stop",
-              "study")
+TORCH_FREE = ("bars", "core", "folder", "lock", "pages", "report", "results", "stage", "stats",
+              "stop", "study", "tables")
 MAKERS = ("torch", "torchvision", "timm", "safetensors", "kornia", "datasets", "accelerate",
           "torchmetrics")
 

@@ -17,7 +17,7 @@ def each(files):
     return pytest.mark.parametrize("path", files, ids=lambda f: f"{f.parent.name}/{f.stem}")
 
 KNOWN = {"make", "read", "digits", "sample-photo", "matrix"}           # beside parameters
-LIGHT = set("bars core folder lock pages report results stage stats stop study".split())  # of ours
+LIGHT = set("bars core folder lock pages report results stage stats stop study tables".split())
 HEAVY = set("torch torchvision timm kornia datasets sklearn torchmetrics safetensors".split()) | {"accelerate"}
 
 

@@ -17,7 +17,7 @@ from m2mkd.data import Augment, Data
 from m2mkd.distill import Distillation, hard_distillation, m2mkd_loss, soft_distillation
 from m2mkd.optimizer import groups, layers, make_optimizer, make_schedule, no_decay
 from m2mkd.pipeline import Lab, Stitched, Task
-from m2mkd.report import alike, compare, runs_table
+from m2mkd.study import alike
 from m2mkd.tokenizers import Patches
 from m2mkd.train import Runtime, Training, end_to_end, soft_cross_entropy, train, with_auxiliary
 from m2mkd.vit import Meta, ViT
@@ -168,10 +168,7 @@ def test_a_stage_records_what_decays(tmp_path):
     module = lab.incubate("module", TEACHER, meta, task, brief, only=[0])[0]
     assert [s.settings["training"]["decay"] for s in (meta, other, module)] == ["matrices", "all", "matrices"] and meta.hash != other.hash
     assert lab.end_to_end("meta", Meta(like=TEACHER), task, brief.but(decay="matrices")).path == meta.path
-    table = runs_table(tmp_path)
-    assert set(table[table.name == "meta"].decay) == {"all", "matrices"}
     fails(lambda: alike([meta, other]), "weight decay differs", "all and matrices")
-    fails(lambda: compare(table[table.name == "meta"].assign(arm=lambda t: t.decay), "all"), "weight decay differs")
     record = json.loads((other.path/"settings.json").read_text())
     del record["training"]["decay"]                                    # as older ones are
     (other.path/"settings.json").write_text(json.dumps(record))
@@ -276,7 +273,7 @@ def test_settings_without_effect():
 
 SLIM = """
 import sys
-from m2mkd import report, nac
+from m2mkd import report, nac, study
 from m2mkd.data import Augment, Data
 from m2mkd.pipeline import Lab, Task, load
 from m2mkd.train import Runtime, Training
@@ -287,7 +284,9 @@ brief = Training(epochs=1, batch_size=4, augment=Augment(flip=0))
 model = ViT(depths=(1, 1), options=dict(embed_dim=8, num_heads=2, patch_size=4))
 stage = lab.end_to_end("vit", model, Task(train=few[0], test=(few[1],)), brief)
 load(stage.path)
-report.save(report.bars(report.runs_table(sys.argv[1]).assign(arm="a")), sys.argv[1] + "/a.svg")
+arms = study.Study(lab, "vit", data="digits")
+arms.add("vit", 0, stage)
+report.save(report.intervals(arms), sys.argv[1] + "/a.svg", alt="One point.")
 print("commit", stage.done["commit"])
 """
 
