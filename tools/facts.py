@@ -107,6 +107,8 @@ DATA = {"vmoe_tiny_imagenet/one_set": TEN, "nac_tiny_imagenet/micro": TEN,
         "vmoe_routing/three_routings": TEN, "vmoe_tiny_imagenet/transfer":
         "modules made on 200 classes of Tiny-ImageNet (25,000 images), "
         "fine-tuned on 20 classes, 50 or 400 images a class"}
+MORE = {"nac_tiny_imagenet/micro": dict(    # of equal_compute.ipynb; what decayed, by the records
+    controls=["scale-free"], control_seeds=[0], decay="all")}
 AMD = dict(processor="AMD processor of unrecorded model", capability="AVX512", blas="mkl",
            products="onednn", cores=2, threads=2, device="CPU", precision="float32")
 AMD["added"] = dict.fromkeys(("commit", "processor", "capability", "blas", "products"), "LOG.md")
@@ -194,6 +196,7 @@ def study_of(folder, old, stages):
     "The Study of an old results.json: its rows in their order, then what other arms were trained."
     question, parameters = notebook(folder)
     at = f"{folder.parent.name}/{folder.name}"
+    parameters |= MORE.get(at, {})
     study = Study(folder, "E2E", question, parameters, DATA.get(at, ""), "m2mKD",
                   CONTRASTS[folder.parent.name])
     cells = cells_of(CELLS[folder.parent.name], stages)
