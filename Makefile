@@ -1,10 +1,11 @@
-# `make` alone lists the targets. All of them work in .venv, which is made when it is not there.
+# `make` alone lists the targets. They work in .venv, `make figures` in .venv-figures; each is made when it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lab export readme clean constraints wheel
+.PHONY: help quickstart figures test lab export readme clean constraints wheel
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
 B := .venv/bin
+F := .venv-figures/bin
 UV := $(B)/uv pip
 REQUIREMENTS := settings.ini setup.py pyproject.toml constraints.txt
 export PYTHONUTF8 := 1
@@ -17,6 +18,9 @@ quickstart: .venv/notebooks.stamp  ## the whole method on embedded data: a table
 	@mkdir -p runs/quickstart
 	$(B)/python -m papermill nbs/experiments/quickstart.ipynb runs/quickstart/quickstart.ipynb $(PARAMETERS)
 	@$(B)/python tools/show.py runs/quickstart/quickstart.ipynb
+
+figures: .venv-figures/light.stamp  ## figures, pages of runs and README's results from the records: no torch, no data, no network
+	$(F)/python tools/figures.py
 
 test: .venv/dev.stamp  ## what CI runs: generated files in sync, library notebooks, experiments with smoke defaults, pytest
 	$(B)/python tools/sync.py
@@ -41,11 +45,15 @@ constraints: .venv/uv.stamp  ## the newest versions that fit settings.ini, into 
 wheel: .venv/dev.stamp  ## the wheel, under dist
 	$(B)/python -m build --wheel --no-isolation
 
-.venv/uv.stamp:
+%/uv.stamp:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say which: make PYTHON=/path/to/python3 ..."; exit 1; }
-	test -x $(B)/python || $(PYTHON) -m venv .venv
-	@$(B)/python -m pip --version > /dev/null 2>&1 || $(B)/python -m ensurepip
-	$(B)/python -m pip install --quiet --disable-pip-version-check uv
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	@$*/bin/python -m pip --version > /dev/null 2>&1 || $*/bin/python -m ensurepip
+	$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+.venv-figures/light.stamp: .venv-figures/uv.stamp settings.ini constraints.txt
+	$(F)/python -m uv pip install --quiet --python $(F)/python -c constraints.txt $$(sed -n 's/^figures_requirements = //p' settings.ini)
 	@touch $@
 
 .venv/notebooks.stamp: .venv/uv.stamp $(REQUIREMENTS)

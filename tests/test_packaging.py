@@ -29,7 +29,7 @@ def test_constraints_cover_all_and_hold_no_address():
     for line in lines: assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; [\w .'<>=()*!]+)?", line), line
     pinned = {}
     for line in lines: pinned.setdefault(Requirement(line).name, []).append(Requirement(line).specifier)
-    for r in map(Requirement, required("", "notebook_", "dev_")):
+    for r in map(Requirement, required("", "notebook_", "figures_", "dev_")):
         assert r.name in pinned, f"{r.name} is not in constraints.txt: make constraints"
         for pin in pinned[r.name]: assert next(iter(pin)).version in r.specifier, f"{r} against {pin}: make constraints"
 
@@ -42,7 +42,7 @@ def test_versions_agree():
 
 
 def test_installed_as_required():
-    for r in map(Requirement, required("", "notebook_", "dev_")): assert r.specifier.contains(version(r.name), prereleases=True), r
+    for r in map(Requirement, required("", "notebook_", "figures_", "dev_")): assert r.specifier.contains(version(r.name), prereleases=True), r
 
 
 NEEDS = """

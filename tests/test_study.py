@@ -283,6 +283,22 @@ def test_health_tables_have_stage_and_seed(made):
     assert table.index.is_unique
 
 
+def test_health_tables_name_the_factor_that_their_modules_alone_are_for(made):
+    """Modules of one routing, from which arms of both data sizes start; the teacher is all's."""
+    rows, cells = [dict(module=0, meta=0.5, teacher=0.4)], {}
+    teacher = made.stage("teacher", 0, 9, 300)
+    made.stage("hybrids", 0, 0, inputs=[teacher], results={"hybrids": rows})
+    for routing, right in (("plain", 400), ("limited", 410)):
+        part = made.stage("distill", 0, 10, right, [teacher], module=0)
+        made.stage("hybrids", 0, 0, inputs=[teacher, part], results={"hybrids": rows})
+        for n in (50, 400):
+            arm = made.stage("m2mKD", 0, 10, right + n, [part])
+            cells["m2mKD", 0, ("routing", routing), ("images", n), ("data", "digits")] = arm
+    table = made.study(cells).health()
+    assert sorted(table.routing.fillna("")) == ["", "limited", "plain"]
+    assert not {"images", "data"} & {*table}
+
+
 REFUSED = """
 import sys
 class Refuse:
@@ -392,12 +408,12 @@ def test_pages_lead_to_a_seeds_metrics(made):
     study = made.study(two_arms(made), question="Help?", data="made up", primary="m2mKD").save()
     (made.root/"notebook.ipynb").write_text("{}")
     text = pages.page(Study.read(made.root), {made.root.parent.parent/"figures"/"a.svg": "Points: m2mKD is above."})
-    for said in ("Help?", "Data: made up.", "+1.9 to +4.8", "seeds: 0, 1, 2", "![Points: m2mKD is above.](../../figures/a.svg)", "[the executed notebook](notebook.ipynb)",
-                 "**m2mKD less E2E: +3.3 points (95 % over 3 seeds: +1.9 to +4.8)**", "53.8 ± 1.0"):
+    for said in ("Help?", "Data: made up.", "+1.9 to +4.8", "Seeds: 0, 1, 2", "![Points: m2mKD is above.](../../figures/a.svg)", "[the executed notebook](notebook.ipynb)",
+                 "- m2mKD less E2E: **+3.3** (+1.9 to +4.8), n = 3\n", "53.8 ± 1.0"):
         assert said in text, said
     link = f"[53.0](stages/{study.stage('m2mKD', 0).path.name}/metrics.jsonl)"
     assert link in text and (made.root/link[7:-1]).exists()
     listed = pages.index(made.root.parent.parent, {("made_up", "two_arms"): [made.root/"a.svg"]})
-    assert "[made_up, two_arms](made_up/two_arms/README.md)" in listed and "[figure](made_up/two_arms/a.svg)" in listed and "E2E, m2mKD" in listed
+    assert "[made_up, two_arms](made_up/two_arms/README.md)" in listed and "[figure](made_up/two_arms/a.svg)" in listed and "E2E; m2mKD" in listed
     assert listed == pages.index(made.root.parent.parent, {("made_up", "two_arms"): [made.root/"a.svg"]})
     with pytest.raises(FileNotFoundError, match="there is no run below"): pages.index(made.root)
