@@ -108,7 +108,7 @@ DATA = {"vmoe_tiny_imagenet/one_set": TEN, "nac_tiny_imagenet/micro": TEN,
         "modules made on 200 classes of Tiny-ImageNet (25,000 images), fine-tuned on 20 classes"}
 AMD = dict(processor="AMD processor of unrecorded model", capability="AVX512", blas="mkl",
            products="onednn", cores=2, threads=2, device="CPU", precision="float32")
-AMD["added"] = dict.fromkeys(("commit", "processor", "capability", "blas", "products"), "LOG.md")
+AMD["added"] = "commit, processor, capability, blas and products are from LOG.md"
 BY_LOG = {"speed_nac": AMD | dict(commit="a342b3f03e41c7154dfcee4cad0418561375ca6a"),
           "speed_vmoe": AMD | dict(commit="e91672dbd71519fc81773b64a75977bef7d0a08a")}
 
