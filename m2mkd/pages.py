@@ -38,7 +38,7 @@ def duration(seconds):
     if seconds < 120: return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
-def _chance(p): return "" if missing(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _chance(p): return "" if missing(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 # %% ../nbs/12b_pages.ipynb #d90db4d0
 _HEALTH = {"meta": "meta model (%)", "teacher": "teacher's module in it (%)",
@@ -165,9 +165,9 @@ def answers(results):
 def _has_arms(results): return isinstance(results, Study) and bool(results.cells)
 
 # %% ../nbs/12b_pages.ipynb #7c55d18a
-_ABOUT = """Top-1 accuracy less that of {against}, seed by seed. *Over seeds*: Student's t, what
-other seeds would say of these images; *over test images*: a bootstrap, what other images would say
-of these models. p-values are two-sided, of no difference; Holm's count all rows of this table."""
+_ABOUT = """Differences of top-1 accuracy, seed by seed. *Over seeds*: Student's t, what other seeds
+would say of these images; *over test images*: a bootstrap, what other images would say of these
+models. p-values are two-sided, of no difference; Holm's count all rows of a table."""
 _COSTS = """Of an arm: means over seeds, of everything that it needed. The student alone; with a
 given teacher's forward passes and the meta model; with all of the teacher's own training."""
 _SEEDS = """Top-1 accuracy; a number leads to its stage's metrics, whose folder holds its settings,
@@ -176,11 +176,11 @@ _HYBRIDS = """The meta model with one link replaced, by a module of the teacher 
 top-1, and the divergence of the student's from the teacher's. Where they fall far below the meta
 model, the modules do not fit."""
 
-def _contrast(study, asked):
-    "(title, text) of one table of differences."
-    along, against = asked.get("along", "arm"), asked.get("baseline") or study.baseline
-    title = "Differences from " + (f"{along} {against}" if along != "arm" else f"{against}")
-    return title, f"{_ABOUT.format(against=against)}\n\n{differences(study, **asked).markdown}"
+def _contrasts(study):
+    "Its tables of differences, one below the other."
+    if len(study.arms) < 2 or not study.baseline: return []
+    tables = [differences(study, **asked).markdown for asked in study.contrasts]
+    return [("Differences", "\n\n".join([_ABOUT, *tables]))] if tables else []
 
 def _linked(study):
     below = "stages/" if (study.folder/"stages").is_dir() else ""
@@ -195,9 +195,7 @@ def _folded(text):
 
 def _arms(study):
     "The parts of a page that only a study with arms has."
-    several = len(study.arms) > 1 and study.baseline
-    parts = [("Accuracy", accuracy(study).markdown),
-             *(_contrast(study, asked) for asked in study.contrasts if several),
+    parts = [("Accuracy", accuracy(study).markdown), *_contrasts(study),
              ("Each seed", f"{_SEEDS}\n\n{_linked(study)}"),
              ("Cost", f"{_COSTS}\n\n{cost(study).markdown}")]
     if not len(study.health()): return parts
@@ -234,7 +232,8 @@ def page(results, figures=()):
     parts = [("Figures", "\n\n".join(pictures))] if pictures else []
     parts += _arms(results) if _has_arms(results) else []
     told = {"hybrids"} if "Hybrids" in dict(parts) else {}       # the same numbers
-    parts += [(name, _table(t)) for name, t in results.tables.items() if name not in told]
+    parts += [(name.capitalize(), _table(t)) for name, t in results.tables.items()
+              if name not in told]
     parts += [("Where it ran", f"{_machine(results)}. {_files(results.folder)}")]
     parts = [f"## {title}\n\n{text}" for title, text in parts]
     return "\n\n".join([*filter(None, _head(results)), *parts]).rstrip() + "\n"
@@ -268,14 +267,13 @@ def _line(results, folder, figures):
     arms = _has_arms(results)
     spent = arms and results.cost().iloc[0]
     commit = (results.environment.get("commit") or "")[:8]
-    at, first = _link(folder, results.folder), next(iter(figures), None)
-    picture = f"; [figure]({_link(folder, first)})" if first else ""
-    return {"run": f"[{results.experiment}, {results.name}]({at}/README.md){picture}",
-            "question": results.question, "answer": "<br>".join(answers(results)),
-            "arms": "; ".join(results.arms) if arms else "",
+    name = f"[{results.experiment}, {results.name}]({_link(folder, results.folder)}/README.md)"
+    pictures = [f"[figure]({_link(folder, path)})" for path in list(figures)[:1]]
+    said = [name, results.question] + ([f"Arms: {'; '.join(results.arms)}"] if arms else [])
+    return {"run, question, arms": "<br>".join(said), "answer": "<br>".join(answers(results)),
             "seeds": str(len(results.seeds)) if arms else "",
             "cost": f"{spent.trained:.3g} TFLOP, {duration(spent.seconds)}" if arms else "",
-            "commit": f"`{commit}`" if commit else ""}
+            "commit, figure": "<br>".join([f"`{commit}`"] * bool(commit) + pictures)}
 
 def index(folder, figures=()):
     """runs/README.md, as markdown: a line a run below `folder` (`runs_in`). `figures`:
@@ -291,15 +289,15 @@ def index(folder, figures=()):
 
 # %% ../nbs/12b_pages.ipynb #b1200005
 _HEADS = ("the paper says", "ours, equal fine-tuning", "ours, equal total compute",
-          "TFLOP, E2E → m2mKD", "data", "study")
+          "TFLOP, E2E → m2mKD", "study")
 
-def _rows(study, claim, folder):
-    "The lines of one study in the README's table, {head: text}."
+def _rows(study, found, claim, folder):
+    "The lines of one study, with its comparisons `found`, in the README's table: {head: text}."
     at = _link(folder, study.folder/"README.md")
-    for levels, *both in comparisons(study):
+    for levels, *both in found:
         name = ", ".join(filter(None, (study.name, _levels(levels))))
         yield dict(zip(_HEADS, (claim, *(_in_words(study, rows) for rows in both),
-                                _paid(study, levels), study.data, f"[{name}]({at})")))
+                                _paid(study, levels), f"[{name}]({at})")))
 
 def _paid(study, levels):
     "Mean total compute of the baseline and of the primary arm."
@@ -315,6 +313,12 @@ def _tally(rows):
     said = f"in {sum(row['t_low'] > 0 for row in rows)} of {len(rows)}"
     return said, f", and behind in {behind}" if behind else ""
 
+def _by_data(studies):
+    "{data: names of the studies of which it is said}."
+    found = {}
+    for study in studies: found.setdefault(study.data or "not recorded", []).append(study.name)
+    return found
+
 def _on(results):
     "The machine of a run in words."
     said = results.environment
@@ -327,15 +331,17 @@ def results_block(studies, claims, folder="."):
     says} and combination of further factors. Links are relative to `folder`."""
     chosen = [s for name in claims for s in studies if s.experiment == name and _has_arms(s)]
     if not chosen: raise ValueError(f"there is no study of {', '.join(claims)}")
-    equal, control = (_tally([row for s in chosen for c in comparisons(s) for row in c[i]])
+    found = {s: comparisons(s) for s in chosen}
+    equal, control = (_tally([row for its in found.values() for both in its for row in both[i]])
                       for i in (1, 2))
     first = (f"At equal fine-tuning m2mKD is ahead of end-to-end training {equal[0]} comparisons"
              f"{equal[1]}; at equal total compute {control[0]}{control[1]}.")
-    lines = [row for s in chosen for row in _rows(s, claims[s.experiment], folder)]
+    lines = [row for s in chosen for row in _rows(s, found[s], claims[s.experiment], folder)]
     seconds = sum(s.cost().seconds.sum() for s in chosen)
     machines = "; ".join(dict.fromkeys(map(_on, chosen)))
+    data = "; ".join(f"{', '.join(names)}: {its}" for its, names in _by_data(chosen).items())
     last = ("Points of top-1, m2mKD less end-to-end (E2E) training of the same student; 95 % "
             "t-intervals over seeds, paired; bold where they leave out 0. Small models on "
-            f"{machines}, {duration(seconds)} of training in all. [All studies]"
-            f"({_link(folder, chosen[0].folder.parents[1]/'README.md')}).")
+            f"{machines}; {duration(seconds)} of training in all. Data: {data}. "
+            f"[All studies]({_link(folder, chosen[0].folder.parents[1]/'README.md')}).")
     return f"{first}\n\n{shown(pd.DataFrame(lines)).markdown}\n\n{last}"

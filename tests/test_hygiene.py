@@ -18,8 +18,9 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
     "bars checkpoint core folder lock measure products stop",
-    "augment chain data families given graphs layouts optimizer pixels results sources stats tables vit",
-    "arguments modulated nac phase plain routing tokenizers train vmoe",
+    "augment chain data families given graphs layouts optimizer pixels results sources stats tables "
+    "vit where",
+    "arguments modulated nac phase plain routing task tokenizers train vmoe",
     "convert convert_nac distill evaluate stage",
     "pipeline report study",
     "pages")) for name in names.split()}
@@ -27,7 +28,7 @@ BESIDE = dict(
     core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
     train={"arguments", "phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
-    convert={"convert_nac"})
+    convert={"convert_nac"}, measure={"folder", "products"})
 
 
 def code_cells(path): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]

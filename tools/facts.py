@@ -107,8 +107,13 @@ DATA = {"vmoe_tiny_imagenet/one_set": TEN, "nac_tiny_imagenet/micro": TEN,
         "vmoe_routing/three_routings": TEN, "vmoe_tiny_imagenet/transfer":
         "modules made on 200 classes of Tiny-ImageNet (25,000 images), "
         "fine-tuned on 20 classes, 50 or 400 images a class"}
-COMMITS = {"speed_nac": "a342b3f03e41c7154dfcee4cad0418561375ca6a",         # by LOG.md
-           "speed_vmoe": "e91672dbd71519fc81773b64a75977bef7d0a08a"}
+MORE = {"nac_tiny_imagenet/micro": dict(    # of equal_compute.ipynb; what decayed, by the records
+    controls=["scale-free"], control_seeds=[0], decay="all")}
+AMD = dict(processor="AMD processor of unrecorded model", capability="AVX512", blas="mkl",
+           products="onednn", cores=2, threads=2, device="CPU", precision="float32")
+AMD["added"] = dict.fromkeys(("commit", "processor", "capability", "blas", "products"), "LOG.md")
+BY_LOG = {"speed_nac": AMD | dict(commit="a342b3f03e41c7154dfcee4cad0418561375ca6a"),
+          "speed_vmoe": AMD | dict(commit="e91672dbd71519fc81773b64a75977bef7d0a08a")}
 
 
 def vmoe(record):
@@ -191,6 +196,7 @@ def study_of(folder, old, stages):
     "The Study of an old results.json: its rows in their order, then what other arms were trained."
     question, parameters = notebook(folder)
     at = f"{folder.parent.name}/{folder.name}"
+    parameters |= MORE.get(at, {})
     study = Study(folder, "E2E", question, parameters, DATA.get(at, ""), "m2mKD",
                   CONTRASTS[folder.parent.name])
     cells = cells_of(CELLS[folder.parent.name], stages)
@@ -223,9 +229,9 @@ def benchmark_of(folder, old):
     setup = old.get("setup", plain)
     for name, value in {"setup": setup, **old}.items():
         if name not in plain: results[name] = table_of(value)
-    commit = COMMITS.get(folder.parent.name)
-    results.environment = {"commit": commit} | {k: setup[k] for k in WHERE if k in setup}
-    results.main = MAIN[folder.parent.name](old)
+    recorded = {k: setup[k] for k in WHERE if k in setup}
+    results.environment = recorded | BY_LOG.get(folder.parent.name, {})
+    results.main = f"{MAIN[folder.parent.name](old)} ({results.machine})"
     return results
 
 
