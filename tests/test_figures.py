@@ -207,3 +207,26 @@ def test_a_sentence_says_what_is_wrong_with_a_notebook(tmp_path, monkeypatch, ce
     notebook(path, cells)
     with pytest.raises(ValueError, match=said) as e: figures.draw(run, path)
     assert "\n" not in str(e.value)
+
+# --- the repository itself ---
+
+def test_a_clone_redraws_all_that_is_committed(drawn, tmp_path):
+    "Each figure, page and number, without torch, data and a network."
+    found = subprocess.run(["git", "ls-files", "-zco", "--exclude-standard"], cwd=root,
+                           capture_output=True, text=True)
+    if found.returncode: pytest.skip("not a git checkout")
+    for name in filter(None, found.stdout.split("\0")):
+        if not (root/name).is_file(): continue
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/name, tmp_path/name)
+    commit(tmp_path)
+    status, said = drawn(tmp_path)
+    assert status == 0 and git(tmp_path, "status", "--porcelain") == "", said
+
+
+def test_a_seeds_metrics_are_three_clicks_away():
+    assert "](runs/README.md)" in (root/"README.md").read_text()
+    for run in runs_in(root/"runs"):
+        assert f"]({run.relative_to(root/'runs')}/README.md)" in (root/"runs/README.md").read_text()
+        its, page = read_json(run/"results.json"), (run/"README.md").read_text()
+        for row in its.get("arms", ()): assert f"(stages/{row['stage']}/metrics.jsonl)" in page
