@@ -218,7 +218,7 @@ def _machine(results):
 # %% ../nbs/12b_pages.ipynb #0b1f7836
 def _head(results):
     "Title, question, answer, and what was run."
-    head = [MADE, f"# {results.experiment}: {results.name}", f"> {results.question}",
+    head = [MADE, f"# {results.experiment}: {results.name}", f"> {_line_of(results.question)}",
             "\n".join(f"- {answer}" for answer in answers(results))]
     if not _has_arms(results): return head
     seeds = ", ".join(map(str, results.seeds))
@@ -228,7 +228,8 @@ def _head(results):
 def page(results, figures=()):
     """A run's README.md, as markdown. `figures`: {path: what it shows, in words}. Links are
     relative to the run's folder."""
-    pictures = [f"![{said}]({_link(results.folder, path)})" for path, said in dict(figures).items()]
+    pictures = [f"![{_line_of(said)}]({_link(results.folder, path)})"
+                for path, said in dict(figures).items()]
     parts = [("Figures", "\n\n".join(pictures))] if pictures else []
     parts += _arms(results) if _has_arms(results) else []
     told = {"hybrids"} if "Hybrids" in dict(parts) else {}       # the same numbers
@@ -237,6 +238,10 @@ def page(results, figures=()):
     parts += [("Where it ran", f"{_machine(results)}. {_files(results.folder)}")]
     parts = [f"## {title}\n\n{text}" for title, text in parts]
     return "\n\n".join([*filter(None, _head(results)), *parts]).rstrip() + "\n"
+
+def _line_of(text):
+    "A text as one line, whose brackets make no link."
+    return " ".join(text.split()).replace("[", "\\[").replace("]", "\\]")
 
 def _link(folder, path): return quote(Path(os.path.relpath(path, folder)).as_posix())
 
@@ -269,7 +274,7 @@ def _line(results, folder, figures):
     commit = (results.environment.get("commit") or "")[:8]
     name = f"[{results.experiment}, {results.name}]({_link(folder, results.folder)}/README.md)"
     pictures = [f"[figure]({_link(folder, path)})" for path in list(figures)[:1]]
-    said = [name, results.question] + ([f"Arms: {'; '.join(results.arms)}"] if arms else [])
+    said = [name, _line_of(results.question)] + ([f"Arms: {'; '.join(results.arms)}"] if arms else [])
     return {"run, question, arms": "<br>".join(said), "answer": "<br>".join(answers(results)),
             "seeds": str(len(results.seeds)) if arms else "",
             "cost": f"{spent.trained:.3g} TFLOP, {duration(spent.seconds)}" if arms else "",

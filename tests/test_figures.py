@@ -1,5 +1,5 @@
 "What `make figures` promises: everything that is drawn comes from the records, without torch."
-import importlib.util, json, shutil, subprocess, sys
+import importlib.util, json, os, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from packaging.requirements import Requirement
 
+from m2mkd.core import read_json
 from m2mkd.pages import runs_in
 from m2mkd.report import alt_of
 from m2mkd.results import Results
@@ -51,9 +52,9 @@ def drawn():
     "(exit status, what is said) of tools/figures.py in a checkout, without torch and a network."
     missing = not_installed()
     assert {*MAKERS} <= missing
-    def run(place):
+    def run(place, **variables):
         run = subprocess.run([sys.executable, "-c", RUN.format(missing=missing)], cwd=place,
-                             capture_output=True, text=True)
+                             capture_output=True, text=True, env={**os.environ, **variables})
         return run.returncode, run.stdout + run.stderr
     return run
 
@@ -152,9 +153,11 @@ def test_results_stand_in_the_readme_and_its_notebook(checkout):
     assert "| **+3.3** (+1.9 to +4.8), n = 3 | not run |" in " ".join(readme.split())
 
 
-def test_a_second_time_changes_nothing(checkout, drawn):
+def test_a_second_time_changes_nothing(checkout, drawn, tmp_path):
+    "Whatever the user's own style and folder of runs are."
     place, _ = checkout
-    status, said = drawn(place)
+    (tmp_path/"style").write_text("font.size: 30\nsvg.fonttype: none\n")
+    status, said = drawn(place, MATPLOTLIBRC=str(tmp_path/"style"), M2MKD_RUNS=str(tmp_path/"runs"))
     assert status == 0 and git(place, "status", "--porcelain") == "", said
 
 
@@ -167,8 +170,63 @@ def test_what_fails_is_named_and_no_page_is_touched(checkout, drawn, tmp_path):
     (place/"README.md").write_text(EMPTY)
     status, said = drawn(place)
     assert status == 1 and (place/"README.md").read_text() == EMPTY
-    cell = "code cell 8 of nbs/experiments/vmoe_tiny_imagenet.ipynb (1 / 0) fails: ZeroDivisionError:"
-    assert f"runs/vmoe_tiny_imagenet/two_arms: {cell} division by zero\n" in said
-    cell = "code cell 1 of nbs/experiments/speed.ipynb (import torch.nn as nn) fails: ModuleNotFound"
-    assert f"runs/speed/cpu: {cell}" in said
+    for run, cell in (
+            ("vmoe_tiny_imagenet/two_arms", "8 of nbs/experiments/vmoe_tiny_imagenet.ipynb (1 / 0) "
+             "fails: ZeroDivisionError: division by zero"),
+            ("speed/cpu", "1 of nbs/experiments/speed.ipynb (import torch.nn as nn) fails: Mod")):
+        assert f"runs/{run}: code cell {cell}" in said
     assert len(said.splitlines()) == 3, said                  # and what the notebook no longer has
+
+
+def test_a_figure_is_of_the_longest_name_that_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "root", tmp_path)
+    (tmp_path/"figures").mkdir()
+    for name in ("a_b_x", "a_b_c_x", "a_bc_x", "d_x"): (tmp_path/f"figures/{name}.svg").touch()
+    runs = [tmp_path/"runs/a/b", tmp_path/"runs/a/b_c"]
+    its = {run.name: [svg.stem for svg in found] for run, found in figures.figures_of(runs).items()}
+    assert its == {"b": ["a_b_x"], "b_c": ["a_b_c_x"]}
+
+
+@pytest.mark.parametrize("text", ["none", EMPTY + EMPTY, EMPTY.replace("/", "")])
+def test_the_block_of_results_is_there_once(text):
+    with pytest.raises(ValueError, match="README.md should have <!-- results --> and"):
+        figures.replaced(text, "new", root/"README.md")
+
+
+@pytest.mark.parametrize("cells, said", [
+    ([("", "1 +")], "SyntaxError"), ([("", "import sys\nsys.exit()")], "SystemExit"),
+    ([("parameters", "a: int = 1\nseeds: list = x")], "parameter seeds: x cannot be read"),
+    ([("", "place = '/elsewhere'")], "reads /elsewhere with this run's parameters: its `place`"),
+    ([("parameters", "seeds: int = 0"), ("", "from m2mkd.core import parameters\nparameters()")],
+     "code cell 2 of nbs/experiments/a.ipynb .from m2mkd.core import parameters. fails: "
+     "ValueError: parameter seeds = .0, 1.")])
+def test_a_sentence_says_what_is_wrong_with_a_notebook(tmp_path, monkeypatch, cells, said):
+    monkeypatch.setattr(figures, "root", tmp_path)
+    run, path = tmp_path/"runs/a/b", tmp_path/"nbs/experiments/a.ipynb"
+    Results(run, "Why?", dict(seeds=[0, 1])).save()
+    notebook(path, cells)
+    with pytest.raises(ValueError, match=said) as e: figures.draw(run, path)
+    assert "\n" not in str(e.value)
+
+# --- the repository itself ---
+
+def test_a_clone_redraws_all_that_is_committed(drawn, tmp_path):
+    "Each figure, page and number, without torch, data and a network."
+    found = subprocess.run(["git", "ls-files", "-zco", "--exclude-standard"], cwd=root,
+                           capture_output=True, text=True)
+    if found.returncode: pytest.skip("not a git checkout")
+    for name in filter(None, found.stdout.split("\0")):
+        if not (root/name).is_file(): continue
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/name, tmp_path/name)
+    commit(tmp_path)
+    status, said = drawn(tmp_path)
+    assert status == 0 and git(tmp_path, "status", "--porcelain") == "", said
+
+
+def test_a_seeds_metrics_are_three_clicks_away():
+    assert "](runs/README.md)" in (root/"README.md").read_text()
+    for run in runs_in(root/"runs"):
+        assert f"]({run.relative_to(root/'runs')}/README.md)" in (root/"runs/README.md").read_text()
+        its, page = read_json(run/"results.json"), (run/"README.md").read_text()
+        for row in its.get("arms", ()): assert f"(stages/{row['stage']}/metrics.jsonl)" in page

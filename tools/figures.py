@@ -63,14 +63,16 @@ def read_cells(run, notebook):
 
 
 @contextlib.contextmanager
-def quiet_shell():
-    "An IPython shell that keeps nothing and prints nothing."
+def quiet_shell(place):
+    "An IPython shell in the folder `place` that keeps nothing and prints nothing."
     settings = Config({"HistoryManager": {"enabled": False}})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-         contextlib.redirect_stderr(io.StringIO()):
+         contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(place):
+        matplotlib.rcdefaults()                         # nobody's own style, nor the last run's
         shell = InteractiveShell(config=settings, ipython_dir=folder)
         shell.showtraceback = shell.showsyntaxerror = lambda *args, **more: None
-        yield shell
+        try: yield shell
+        finally: shell.restore_sys_module_state()
 
 
 def wrong_with(result):
@@ -83,13 +85,13 @@ def wrong_with(result):
 def draw(run, notebook):
     "Run the cells on a run; a ValueError names the cell, and what is wrong."
     cells = read_cells(run, notebook)
-    with quiet_shell() as shell:
+    with quiet_shell(notebook.parent) as shell:
         for number, source in cells:
             if not (wrong := wrong_with(shell.run_cell(source, store_history=True))): continue
             first = next(filter(str.strip, source.splitlines()))
             raise ValueError(f"code cell {number} of {said(notebook)} ({first:.60}) fails: {wrong}")
-        place = Path(shell.user_ns.get("place", run))
-    if place.resolve() == run.resolve(): return
+        place = Path(shell.user_ns.get("place", run)).resolve()
+    if place == run.resolve(): return
     raise ValueError(f"{said(notebook)} reads {place} with this run's parameters: its `place` "
                      "should be runs_folder(f\"<experiment>/{P.study}\", P.runs)")
 
@@ -159,7 +161,7 @@ def main():
     start = time.monotonic()
     sys.meta_path.insert(0, NoMakers())
     os.environ.pop("M2MKD_RUNS", None)                  # the runs and figures of this checkout
-    matplotlib.use("agg"), matplotlib.rcdefaults()      # no window, and nobody's own style
+    matplotlib.use("agg")                               # no window
     runs = runs_in(root/"runs")
     figures = draw_all(runs)
     for path, text in pages_of(figures).items(): write(path, text)
