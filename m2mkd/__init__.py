@@ -12,7 +12,8 @@ import difflib, importlib, pkgutil
 __version__ = "0.1.0"
 
 _OFFERED = dict(
-    pipeline="Lab Task", stage="Stage", study="Study", results="Results",
+    pipeline="Lab", task="Task", stage="Stage", study="Study", results="Results",
+    where="Here Processes",
     train="Runtime Training", distill="Distillation", data="Data load",
     augment="Augment", vit="Meta Timm ViT", vmoe="VMoE", nac="NAC",
     folder="figures_folder runs_folder", core="parameters")

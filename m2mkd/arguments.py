@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SEED', 'ONLY', 'FLOOR', 'MODEL', 'STAGE', 'STAGES', 'TEACHER', 'FOLDER', 'TASK', 'TRAINING', 'DISTILLATION',
-           'RUNTIME', 'ROOT', 'said', 'kinds_of', 'Unlike', 'Kind', 'checked', 'in_order', 'check_chain',
+           'RUNTIME', 'WHERE', 'ROOT', 'said', 'kinds_of', 'Unlike', 'Kind', 'checked', 'in_order', 'check_chain',
            'check_trains', 'check_number', 'check_pairs', 'check_roles', 'sets_of', 'check_images']
 
 # %% ../nbs/11a_arguments.ipynb #a1d00003
@@ -187,6 +187,7 @@ DISTILLATION = Kind.of("Distillation", "a Distillation", float="Distillation(alp
                        dict="Distillation(**...)")
 RUNTIME = Kind.of("Runtime", "a Runtime", str="Runtime(device={value!r})",
                   device="Runtime(device='{value}')")
+WHERE = Kind.of("Here Processes", "Here() or Processes(...)", int="Processes({value})")
 ROOT = Kind.of("str Path", "the folder for the stages", Path)
 
 # %% ../nbs/11a_arguments.ipynb #a1d0000a

@@ -98,8 +98,8 @@ class Settings(BaseModel):
         return type(self)(**{**{k: getattr(self, k) for k in self.model_fields_set}, **changes})
 
 # %% ../nbs/00_core.ipynb #3eea9457
-OURS = ("augment", "data", "train", "distill", "vit", "routing", "vmoe", "pipeline", "graphs",
-        "modulated", "tokenizers", "nac", "convert")    # our modules that define settings
+OURS = ("augment", "data", "train", "distill", "vit", "routing", "vmoe", "task", "pipeline",
+        "graphs", "modulated", "tokenizers", "nac", "convert")    # our modules that define settings
 
 def _held(cls):
     "Whether a class stands in its module under its name: not if a function made it, or it is gone."

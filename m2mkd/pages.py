@@ -85,11 +85,12 @@ def health(study):
     "Every hybrid of the study: whose module stands in the meta model, and what they then reach."
     if not len(table := study.health()):
         raise ValueError(f"the study {study.name} has no table of hybrids")
-    table, its = table.sort_values(["stage", "seed", "module"]), {}
+    by = ["stage", "seed", *(k for k in study.keys[:-2] if k in table), "module"]
+    table, its = table.sort_values(by), {}
     for name, words in _HEALTH.items():
         its[words] = table[name].map(percent) if name in table else ""
     kl = ["" if missing(x) else f"{x:.3f}" for x in table.get("kl", table.meta * float("nan"))]
-    first = table[["stage", "seed", "module"]].rename(columns={"stage": "modules"})
+    first = table[by].fillna("").rename(columns={"stage": "modules"})
     return shown(_full(first.assign(**its, **{"KL (nats)": kl})))
 
 def cost(study):
@@ -231,7 +232,8 @@ def page(results, figures=()):
     parts = [("Figures", "\n\n".join(pictures))] if pictures else []
     parts += _arms(results) if _has_arms(results) else []
     told = {"hybrids"} if "Hybrids" in dict(parts) else {}       # the same numbers
-    parts += [(name, _table(t)) for name, t in results.tables.items() if name not in told]
+    parts += [(name.capitalize(), _table(t)) for name, t in results.tables.items()
+              if name not in told]
     parts += [("Where it ran", f"{_machine(results)}. {_files(results.folder)}")]
     parts = [f"## {title}\n\n{text}" for title, text in parts]
     return "\n\n".join([*filter(None, _head(results)), *parts]).rstrip() + "\n"
@@ -267,9 +269,8 @@ def _line(results, folder, figures):
     commit = (results.environment.get("commit") or "")[:8]
     name = f"[{results.experiment}, {results.name}]({_link(folder, results.folder)}/README.md)"
     pictures = [f"[figure]({_link(folder, path)})" for path in list(figures)[:1]]
-    return {"run, question": f"{name}<br>{results.question}",
-            "answer": "<br>".join(answers(results)),
-            "arms": "; ".join(results.arms) if arms else "",
+    said = [name, results.question] + ([f"Arms: {'; '.join(results.arms)}"] if arms else [])
+    return {"run, question, arms": "<br>".join(said), "answer": "<br>".join(answers(results)),
             "seeds": str(len(results.seeds)) if arms else "",
             "cost": f"{spent.trained:.3g} TFLOP, {duration(spent.seconds)}" if arms else "",
             "commit, figure": "<br>".join([f"`{commit}`"] * bool(commit) + pictures)}
@@ -290,10 +291,10 @@ def index(folder, figures=()):
 _HEADS = ("the paper says", "ours, equal fine-tuning", "ours, equal total compute",
           "TFLOP, E2E → m2mKD", "study")
 
-def _rows(study, claim, folder):
-    "The lines of one study in the README's table, {head: text}."
+def _rows(study, found, claim, folder):
+    "The lines of one study, with its comparisons `found`, in the README's table: {head: text}."
     at = _link(folder, study.folder/"README.md")
-    for levels, *both in comparisons(study):
+    for levels, *both in found:
         name = ", ".join(filter(None, (study.name, _levels(levels))))
         yield dict(zip(_HEADS, (claim, *(_in_words(study, rows) for rows in both),
                                 _paid(study, levels), f"[{name}]({at})")))
@@ -330,11 +331,12 @@ def results_block(studies, claims, folder="."):
     says} and combination of further factors. Links are relative to `folder`."""
     chosen = [s for name in claims for s in studies if s.experiment == name and _has_arms(s)]
     if not chosen: raise ValueError(f"there is no study of {', '.join(claims)}")
-    equal, control = (_tally([row for s in chosen for c in comparisons(s) for row in c[i]])
+    found = {s: comparisons(s) for s in chosen}
+    equal, control = (_tally([row for its in found.values() for both in its for row in both[i]])
                       for i in (1, 2))
     first = (f"At equal fine-tuning m2mKD is ahead of end-to-end training {equal[0]} comparisons"
              f"{equal[1]}; at equal total compute {control[0]}{control[1]}.")
-    lines = [row for s in chosen for row in _rows(s, claims[s.experiment], folder)]
+    lines = [row for s in chosen for row in _rows(s, found[s], claims[s.experiment], folder)]
     seconds = sum(s.cost().seconds.sum() for s in chosen)
     machines = "; ".join(dict.fromkeys(map(_on, chosen)))
     data = "; ".join(f"{', '.join(names)}: {its}" for its, names in _by_data(chosen).items())

@@ -70,21 +70,27 @@ STYLE = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "grid.color": "0.92", "legend.frameon": False,
          "figure.dpi": 96, "svg.hashsalt": "m2mkd"}
-COLOURS = "#1B4F8A", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-DASHES = "--", "-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))
+COLOURS = "#1B4F8A", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080"
+DASHES = "--", "-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (9, 3))
 STYLES = [dict(color=c, marker=m, linestyle=d, markersize=4.5, linewidth=1.6)
-          for c, m, d in zip(COLOURS, "soD^vPX", DASHES)]
+          for c, m, d in zip(COLOURS, "soD^vPXp", DASHES)]
 ARM, BASES = STYLES[1], [STYLES[0], STYLES[0] | dict(marker="^", linestyle=":")]
 
-def _style(i): return STYLES[i % len(STYLES)]
-
 def _entry(style, label, **more): return Line2D([], [], label=label, **style | more)
+
+def _legend(entries):
+    "(columns, rows) of the legend: one row where it fits."
+    widths = [0.8 + 0.075 * len(e.get_label()) for e in entries]
+    columns = len(widths) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
+    return columns, -(-len(widths) // max(1, columns))
 
 def _figure(panels, columns, height, title, about, entries, **share):
     """(figure, its axes in order): `panels` of them, `height` inches each, in rows of `columns`,
     below a head of title, `about` and legend. pyplot forgets it: a cell's value shows it once."""
     said = [line for part in about for line in wrap(part, 122)]
-    rows, head = -(-panels // columns), 0.38 + 0.19 * len(said) + 0.3 * bool(entries)
+    across, deep = _legend(entries)
+    top = 0.38 + 0.19 * len(said)
+    rows, head = -(-panels // columns), top + 0.2 * deep + 0.1 * bool(deep)
     high = head + rows * height
     fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, high), squeeze=False,
                              layout="constrained", **share)
@@ -94,16 +100,16 @@ def _figure(panels, columns, height, title, about, entries, **share):
     for i, line in enumerate(said):
         fig.text(0.008, 1 - (0.37 + 0.19 * i) / high, line, color="0.3", va="top")
     if entries:
-        fig.legend(handles=entries, loc="upper left", ncols=len(entries), handlelength=3,
-                   bbox_to_anchor=(0.003, 1 - (head - 0.3) / high), borderaxespad=0)
+        fig.legend(handles=entries, loc="upper left", ncols=across, handlelength=3,
+                   bbox_to_anchor=(0.003, 1 - top / high), borderaxespad=0)
     for ax in axes.flat[panels:]: ax.remove()
     return fig, list(axes.flat[:panels])
 
 def _log(axis):
     "A logarithmic axis whose ticks are plain numbers."
     low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 200 * low else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v < 1e4 else f"{v / 1e3:g}k"))
     axis.set_minor_locator(NullLocator())
 
 def _named(axes, titles, columns, x, y, log="", share=True):
@@ -155,7 +161,10 @@ def _parts(table, hue, panel, labels, **entry):
     "What `lines` and `points` have in common: panels, levels of hue, entries of the legend."
     for name in (*_names(hue), *_names(panel)): known(name, table.columns, "column")
     hues = list(table[hue].unique()) if hue else []
-    entries = [_entry(_style(i), _level(hue, h, labels), **entry) for i, h in enumerate(hues)]
+    if len(hues) > len(STYLES):
+        raise ValueError(f"{hue} has {len(hues)} levels, and {len(STYLES)} can be told apart: "
+                         "choose fewer, or give some a panel")
+    entries = [_entry(style, _level(hue, h, labels), **entry) for style, h in zip(STYLES, hues)]
     return _split(table, _names(panel), labels), hues or [None], entries
 
 def _of(rows, column, level): return rows[rows[column] == level] if column else rows
@@ -173,8 +182,8 @@ def lines(table, x, y, hue=None, panel=None, labels=None, log="", mark=None, tit
                             sharey=share)
         for ax, (_, rows) in zip(axes, parts):
             for i, h in enumerate(hues):
-                if len(mine := _of(rows, hue, h)): _line(ax, mine, x, x, y, _style(i))
-            if mark is not None: ax.axhline(mark, color="0.35", lw=0.9)
+                if len(mine := _of(rows, hue, h)): _line(ax, mine, x, x, y, STYLES[i])
+            if mark is not None: ax.axhline(mark, color="0.35", lw=0.9, zorder=0.9)
         titles = [name for name, _ in parts]
         _named(axes, titles, columns, _words(x, labels), _words(y, labels), log, share)
     return fig
@@ -195,8 +204,8 @@ def points(table, x, y, hue=None, panel=None, labels=None, log="", mark=None, ti
         for ax, (_, rows) in zip(axes, parts):
             for (i, h), (j, n) in product(enumerate(hues), enumerate(names)):
                 at = j + gap * (i - (len(hues) - 1) / 2)
-                if len(mine := _of(_of(rows, hue, h), y, n)): _dots(ax, mine, x, at, _style(i))
-            if mark is not None: ax.axvline(mark, color="0.35", lw=0.9)
+                if len(mine := _of(_of(rows, hue, h), y, n)): _dots(ax, mine, x, at, STYLES[i])
+            if mark is not None: ax.axvline(mark, color="0.35", lw=0.9, zorder=0.9)
         _named(axes, [name for name, _ in parts], columns, _words(x, labels), "", log, share)
         _rows(axes, [str(n) for n in names])
     return fig
@@ -326,7 +335,7 @@ def _ends(ax, rows, y, names, baseline):
         means[at] = _dots(ax, own, y, at, BASES[0] if name == baseline else ARM)
         costs[at] = own.trained.mean() * (1 if y == "trained" else SCALES["trained"])
         if name != baseline: continue
-        ax.axvline(means[at], color=BASES[0]["color"], lw=0.9, ls="--", zorder=0)
+        ax.axvline(means[at], color=BASES[0]["color"], lw=0.9, ls="--", zorder=0.9)
     none = dict.fromkeys(range(len(names)), "–")
     _margin(ax, none | {at: f"{mean:.1f}" for at, mean in means.items()}, 32, "mean")
     _margin(ax, {at: f"{cost:#.3g}".rstrip(".") for at, cost in costs.items()}, 72, "TFLOP")

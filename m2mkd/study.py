@@ -339,10 +339,20 @@ class Study(Cells):
 
     def health(self):
         """All health tables in the study's folder (accuracies 0..1, KL in nats), with the name and
-        seed of the modules that they are about."""
-        found = [s.health() for s in stages_in(self.folder).values() if "hybrids" in s.results]
-        if not found: return pd.DataFrame()
-        return pd.concat([t.reset_index() for t in found], ignore_index=True)
+        seed of the modules that they are about, and the level of a factor that these alone are
+        for (modules of one routing, say)."""
+        made = {cell: {part.path for part in s.parts} for cell, s in self.cells.items()}
+        found = [s.health().reset_index().assign(**(only := self._only(made, s)))
+                 .astype(dict.fromkeys(only, object))          # 50 stays one beside what is missing
+                 for s in stages_in(self.folder).values() if "hybrids" in s.results]
+        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+    def _only(self, made, hybrids):
+        "{factor: its level} where all that was `made` of the modules in `hybrids` has one of several."
+        inside = {s.path for s in hybrids.inputs}
+        cells = [cell for cell, parts in made.items() if parts and parts <= inside]
+        levels = {k: {cell[i] for cell in cells} for i, k in enumerate(self.factors or ())}
+        return {k: min(v) for k, v in levels.items() if len(v) == 1 < len(self.levels(k))}
 
     def cost(self):
         "What all arms needed, and what only tuning did, each stage once: TFLOP and seconds."

@@ -18,8 +18,9 @@ each = lambda name, files: pytest.mark.parametrize(name, files, ids=lambda f: f.
 # A module imports from the floors below its own, from core, and on its own floor from nothing but what is named here.
 FLOORS = {name: floor for floor, names in enumerate((
     "bars checkpoint core folder lock measure products stop",
-    "augment chain data families given graphs layouts optimizer pixels results sources stats tables vit",
-    "arguments modulated nac phase plain routing tokenizers train vmoe",
+    "augment chain data families given graphs layouts optimizer pixels results sources stats tables "
+    "vit where",
+    "arguments modulated nac phase plain routing task tokenizers train vmoe",
     "convert convert_nac distill evaluate stage",
     "pipeline report study",
     "pages")) for name in names.split()}

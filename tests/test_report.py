@@ -134,7 +134,7 @@ def test_nothing_covers_anything(study):
         assert all(b.x0 >= 0 and b.x1 <= fig.bbox.x1 + 1 and b.y1 <= fig.bbox.y1 for b in beside)
         assert fig.get_figwidth() * 96 < 850
 
-def test_gray_is_enough(): assert len({(s["marker"], str(s["linestyle"])) for s in report.STYLES}) == 7
+def test_gray_is_enough(): assert len({(s["marker"], str(s["linestyle"])) for s in report.STYLES}) == 8
 
 
 # --- what is asked ---
@@ -183,6 +183,15 @@ def test_lines_and_points_of_a_table():
     with pytest.raises(ValueError, match="unknown column 'route'"): lines(TABLE, "size", "ratio", hue="route")
     with pytest.raises(ValueError, match="no row has a number for size and ratio"):
         lines(TABLE.assign(ratio=float("nan")), "size", "ratio")
+
+def test_a_legend_of_many_stays_inside():
+    many = pd.DataFrame([dict(x=x, y=x + i, path=f"a path of some length, {i}") for x in (1, 2) for i in range(9)])
+    fig = lines(many[many.path != "a path of some length, 8"], "x", "y", hue="path")
+    FigureCanvasAgg(fig).draw()
+    legend, panel = boxes([fig.legends[0], fig.axes[0].patch])
+    assert legend.x1 < fig.bbox.x1 and not clash(legend, panel) and not clash(legend, boxes(fig.texts)[0])
+    with pytest.raises(ValueError, match="path has 9 levels, and 8 can be told apart"):
+        lines(many, "x", "y", hue="path")
 
 def test_a_table_is_shown():
     table = shown(pd.DataFrame({"p": [0.12345, None], "a": ["<i>", "[x](y/z.md)"]}, index=pd.Index([1, 2], name="k")), 2)

@@ -283,6 +283,22 @@ def test_health_tables_have_stage_and_seed(made):
     assert table.index.is_unique
 
 
+def test_health_tables_name_the_factor_that_their_modules_alone_are_for(made):
+    """Modules of one routing, from which arms of both data sizes start; the teacher is all's."""
+    rows, cells = [dict(module=0, meta=0.5, teacher=0.4)], {}
+    teacher = made.stage("teacher", 0, 9, 300)
+    made.stage("hybrids", 0, 0, inputs=[teacher], results={"hybrids": rows})
+    for routing, right in (("plain", 400), ("limited", 410)):
+        part = made.stage("distill", 0, 10, right, [teacher], module=0)
+        made.stage("hybrids", 0, 0, inputs=[teacher, part], results={"hybrids": rows})
+        for n in (50, 400):
+            arm = made.stage("m2mKD", 0, 10, right + n, [part])
+            cells["m2mKD", 0, ("routing", routing), ("images", n), ("data", "digits")] = arm
+    table = made.study(cells).health()
+    assert sorted(table.routing.fillna("")) == ["", "limited", "plain"]
+    assert not {"images", "data"} & {*table}
+
+
 REFUSED = """
 import sys
 class Refuse:

@@ -105,7 +105,10 @@ def add_labels(folder, stages):
 TEN = "modules made and fine-tuned on 10 classes of Tiny-ImageNet, 400 images a class"
 DATA = {"vmoe_tiny_imagenet/one_set": TEN, "nac_tiny_imagenet/micro": TEN,
         "vmoe_routing/three_routings": TEN, "vmoe_tiny_imagenet/transfer":
-        "modules made on 200 classes of Tiny-ImageNet (25,000 images), fine-tuned on 20 classes"}
+        "modules made on 200 classes of Tiny-ImageNet (25,000 images), "
+        "fine-tuned on 20 classes, 50 or 400 images a class"}
+MORE = {"nac_tiny_imagenet/micro": dict(    # of equal_compute.ipynb; what decayed, by the records
+    controls=["scale-free"], control_seeds=[0], decay="all")}
 AMD = dict(processor="AMD processor of unrecorded model", capability="AVX512", blas="mkl",
            products="onednn", cores=2, threads=2, device="CPU", precision="float32")
 AMD["added"] = "commit, processor, capability, blas and products are from LOG.md"
@@ -134,7 +137,7 @@ def routing(record):
 
 
 CONTRASTS = {
-    "vmoe_tiny_imagenet": [{}],
+    "vmoe_tiny_imagenet": [{}, {"baseline": "E2E, equal compute", "only": ["m2mKD"]}],
     "nac_tiny_imagenet": [{"only": ["m2mKD"], "mean_over": "prior"},
                           {"baseline": "E2E, equal compute", "only": ["m2mKD"]}],
     "vmoe_routing": [{"along": "routing", "baseline": "plain"}, {}]}
@@ -193,6 +196,7 @@ def study_of(folder, old, stages):
     "The Study of an old results.json: its rows in their order, then what other arms were trained."
     question, parameters = notebook(folder)
     at = f"{folder.parent.name}/{folder.name}"
+    parameters |= MORE.get(at, {})
     study = Study(folder, "E2E", question, parameters, DATA.get(at, ""), "m2mKD",
                   CONTRASTS[folder.parent.name])
     cells = cells_of(CELLS[folder.parent.name], stages)

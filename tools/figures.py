@@ -134,26 +134,25 @@ def replaced(text, block, path):
                      "on a line of its own")
 
 
-def write_results(studies):
-    "The results in the cell of nbs/index.ipynb, and in README.md as tools/readme.py would."
+def results_in(studies):
+    "{path: text}: the results in nbs/index.ipynb, and in README.md as tools/readme.py would."
     readme, source = root/"README.md", root/"nbs/index.ipynb"
     block, notebook = results_block(studies, CLAIMS, source.parent), read_json(source)
     cells = [c for c in notebook["cells"] if "<!-- results -->" in "".join(c["source"])]
     for c in cells or [{"source": ""}]:
         c["source"] = replaced("".join(c["source"]), block, source).splitlines(keepends=True)
     text = replaced(readme.read_text(encoding="utf-8"), block.replace("](../", "]("), readme)
-    write(source, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    write(readme, text)
+    return {source: json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", readme: text}
 
 
-def write_pages(figures):
-    "A page for each run of `figures` {run: its figures}, and runs/README.md; gives all results."
+def pages_of(figures):
+    "{path: text} of a page for each run of `figures` {run: its figures}, and of all lists of runs."
     results = {run: read(run) for run in figures}
-    for run, its in results.items():
-        write(run/"README.md", page(its, {svg: alt_of(svg) for svg in figures[run]}))
+    pages = {run/"README.md": page(its, {svg: alt_of(svg) for svg in figures[run]})
+             for run, its in results.items()}
     names = {(run.parent.name, run.name): svgs for run, svgs in figures.items()}
-    write(root/"runs/README.md", index(root/"runs", names))
-    return list(results.values())
+    pages[root/"runs/README.md"] = index(root/"runs", names)
+    return pages | results_in(list(results.values()))
 
 
 def main():
@@ -163,7 +162,7 @@ def main():
     matplotlib.use("agg"), matplotlib.rcdefaults()      # no window, and nobody's own style
     runs = runs_in(root/"runs")
     figures = draw_all(runs)
-    write_results(write_pages(figures))
+    for path, text in pages_of(figures).items(): write(path, text)
     print(f"{len(runs)} runs, {sum(map(len, figures.values()))} figures: "
           f"{time.monotonic() - start:.0f} s")
 
