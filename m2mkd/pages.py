@@ -201,18 +201,26 @@ def _arms(study):
     if not len(study.health()): return parts
     return [*parts, ("Hybrids", f"{_HYBRIDS}\n\n{_folded(health(study).markdown)}")]
 
+def _number(x):
+    "A cell of a stored table: numbers with four digits."
+    if missing(x): return ""
+    long = isinstance(x, float) or isinstance(x, int) and abs(x) >= 1e6
+    return f"{x:.4g}" if long else str(x)
+
 def _table(table):
-    "A table of a run, known columns in words: of one row as a list."
-    shares = [k for k in table if WORDS.get(k, "").endswith("(%)")]
-    table = table.assign(**{k: 100 * table[k] for k in shares}).rename(columns=WORDS)
+    "A stored table, shares in percent: of one row as a list."
+    shares = {k: WORDS[k] for k in table if WORDS.get(k, "").endswith("(%)")}
+    table = table.assign(**{k: 100 * table[k] for k in shares}).rename(columns=shares)
+    table = table.astype(object).map(_number)
     if len(table) != 1: return _folded(shown(table).markdown)
-    return ", ".join(f"{k}: {v}" for k, v in table.iloc[0].items() if not missing(v)) + "."
+    return ", ".join(f"{k}: {v}" for k, v in table.iloc[0].items() if v) + "."
 
 def _machine(results):
     "Commit and machine of a run, in words."
     said = dict(results.environment)
-    versions = said.pop("versions", None) or {}
+    versions, added = (said.pop(k, None) or {} for k in ("versions", "added"))
     lines = [f"{k}: {v}" for k, v in said.items() if v] + [f"{k} {v}" for k, v in versions.items()]
+    lines += [f"{k} said afterwards ({source})" for k, source in added.items()]
     return ", ".join(lines) or "not recorded"
 
 # %% ../nbs/12b_pages.ipynb #0b1f7836
@@ -274,7 +282,8 @@ def _line(results, folder, figures):
     commit = (results.environment.get("commit") or "")[:8]
     name = f"[{results.experiment}, {results.name}]({_link(folder, results.folder)}/README.md)"
     pictures = [f"[figure]({_link(folder, path)})" for path in list(figures)[:1]]
-    said = [name, _line_of(results.question)] + ([f"Arms: {'; '.join(results.arms)}"] if arms else [])
+    said = [name, _line_of(results.question)]
+    if arms: said.append(f"Arms: {'; '.join(results.arms)}")
     return {"run, question, arms": "<br>".join(said), "answer": "<br>".join(answers(results)),
             "seeds": str(len(results.seeds)) if arms else "",
             "cost": f"{spent.trained:.3g} TFLOP, {duration(spent.seconds)}" if arms else "",
