@@ -218,9 +218,8 @@ def _table(table):
 def _machine(results):
     "Commit and machine of a run, in words."
     said = dict(results.environment)
-    versions, added = (said.pop(k, None) or {} for k in ("versions", "added"))
+    versions = said.pop("versions", None) or {}
     lines = [f"{k}: {v}" for k, v in said.items() if v] + [f"{k} {v}" for k, v in versions.items()]
-    lines += [f"{k} said afterwards ({source})" for k, source in added.items()]
     return ", ".join(lines) or "not recorded"
 
 # %% ../nbs/12b_pages.ipynb #0b1f7836
