@@ -201,10 +201,11 @@ def _arms(study):
     if not len(study.health()): return parts
     return [*parts, ("Hybrids", f"{_HYBRIDS}\n\n{_folded(health(study).markdown)}")]
 
-def _table(table):
-    "A table of a run, known columns in words: of one row as a list."
-    shares = [k for k in table if WORDS.get(k, "").endswith("(%)")]
-    table = table.assign(**{k: 100 * table[k] for k in shares}).rename(columns=WORDS)
+def _table(table, words):
+    "A table of a run, columns in the `words` that are no patterns: of one row as a list."
+    words = {k: word for k, word in words.items() if "{}" not in word}
+    shares = [k for k in table if words.get(k, "").endswith("(%)")]
+    table = table.assign(**{k: 100 * table[k] for k in shares}).rename(columns=words)
     if len(table) != 1: return _folded(shown(table).markdown)
     return ", ".join(f"{k}: {v}" for k, v in table.iloc[0].items() if not missing(v)) + "."
 
@@ -232,7 +233,8 @@ def page(results, figures=()):
     parts = [("Figures", "\n\n".join(pictures))] if pictures else []
     parts += _arms(results) if _has_arms(results) else []
     told = {"hybrids"} if "Hybrids" in dict(parts) else {}       # the same numbers
-    parts += [(name.capitalize(), _table(t)) for name, t in results.tables.items()
+    words = WORDS if _has_arms(results) else {}         # a benchmark's columns are its own
+    parts += [(name.capitalize(), _table(t, words)) for name, t in results.tables.items()
               if name not in told]
     parts += [("Where it ran", f"{_machine(results)}. {_files(results.folder)}")]
     parts = [f"## {title}\n\n{text}" for title, text in parts]
