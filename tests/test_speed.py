@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from m2mkd.core import read_json
+from m2mkd.pages import page
 from m2mkd.results import BOUNDS, Results
 
 root = Path(__file__).resolve().parents[1]
@@ -83,3 +84,10 @@ def test_notebooks_say_machine_and_turns_beside_every_table_and_figure(run):
     for source in draws:
         assert "{said}" in source or "{run.machine}" in source and "about=" in source, source
         assert "alt=alt" in source and "title=" in source
+
+
+def test_the_page_names_columns_as_the_record_does(run):
+    "Words of studies are not for them: `step` is none of fine-tuning, `arm` no pattern."
+    said = page(run)
+    assert run.main in said and "{}" not in said and "fine-tuning" not in said
+    for name in run["measured"]: assert f" {name} " in said
