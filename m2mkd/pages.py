@@ -215,11 +215,15 @@ def _table(table):
     if len(table) != 1: return _folded(shown(table).markdown)
     return ", ".join(f"{k}: {v}" for k, v in table.iloc[0].items() if v) + "."
 
+def _plainly(x):
+    return "; ".join(f"{k} ({v})" for k, v in x.items()) if isinstance(x, dict) else f"{x}"
+
 def _machine(results):
     "Commit and machine of a run, in words."
     said = dict(results.environment)
     versions = said.pop("versions", None) or {}
-    lines = [f"{k}: {v}" for k, v in said.items() if v] + [f"{k} {v}" for k, v in versions.items()]
+    lines = [f"{k}: {_plainly(v)}" for k, v in said.items() if v]
+    lines += [f"{k} {v}" for k, v in versions.items()]
     return ", ".join(lines) or "not recorded"
 
 # %% ../nbs/12b_pages.ipynb #0b1f7836
