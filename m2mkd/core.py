@@ -339,7 +339,7 @@ class Parameters(SimpleNamespace):
     "A notebook's parameters; `given`: the names of those that somebody set."
     __slots__ = ("given",)
 
-    def __init__(self, values, given=()):
+    def __init__(self, values={}, given=()):        # a process that is sent one begins with none
         super().__init__(**values)
         self.given = frozenset(given)
 

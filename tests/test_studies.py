@@ -12,6 +12,7 @@ from m2mkd.core import hash_of, read_json
 from m2mkd.data import Data
 from m2mkd.pipeline import Lab
 from m2mkd.stage import Stage, stages_in
+from m2mkd.where import Here
 
 root = Path(__file__).resolve().parents[1]
 STUDIES = "vmoe_tiny_imagenet/one_set", "vmoe_tiny_imagenet/transfer", "vmoe_routing/three_routings"
@@ -89,6 +90,7 @@ def test_a_committed_study_is_found_by_its_notebook(study, tmp_path, monkeypatch
     committed = Committed(tmp_path/study)
     monkeypatch.setattr(Lab, "images", lambda lab, task=None: committed.images(lab, task))
     monkeypatch.setattr(Lab, "_stages", lambda lab, *asked: committed.find(*asked))
+    monkeypatch.setattr(Lab, "map", lambda lab, *job: Here().map(*job))
     monkeypatch.setattr(Data, "load", lambda data: Images(classes=(), n=0))
     notebook = root/f"nbs/experiments/{settings['experiment']}.ipynb"
     run(cells(notebook, settings["parameters"]), monkeypatch)
@@ -97,5 +99,6 @@ def test_a_committed_study_is_found_by_its_notebook(study, tmp_path, monkeypatch
                                                               "contrasts", "question")
     assert {k: saved[k] for k in said} == {k: settings[k] for k in said}
     before, after = (read_json(place/study/"results.json") for place in (root/"runs", tmp_path))
-    for part in ("main", "factors", "arms", "tuned"): assert after[part] == before[part]
+    for part in ("main", "factors", "tuned"): assert after[part] == before[part]
+    assert sorted(map(str, after["arms"])) == sorted(map(str, before["arms"]))
     for name, table in after["tables"].items(): assert table == before["tables"][name]
