@@ -10,6 +10,7 @@ from m2mkd import core
 from m2mkd.core import Parameters, read_json
 from m2mkd.pipeline import Lab
 from m2mkd.study import Study
+from m2mkd.where import Here
 
 root = Path(__file__).resolve().parents[1]
 NOTEBOOK, MICRO = root/"nbs/experiments/nac_tiny_imagenet.ipynb", root/"runs/nac_tiny_imagenet/micro"
@@ -28,6 +29,7 @@ def cells(monkeypatch, tmp_path):
         lab.sets[task or lab.task] = *sets, record["images"]
         return sets
     monkeypatch.setattr(Lab, "images", images)
+    monkeypatch.setattr(Lab, "map", lambda lab, *job: Here().map(*job))
     given = Parameters(values | {"runs": str(tmp_path/"micro")}, values)
     monkeypatch.setattr(core, "parameters", lambda: given)
     found = nbformat.read(NOTEBOOK, as_version=4).cells
