@@ -86,8 +86,7 @@ def match_host(flows, wanted):
 
 def match_modules(host, modules):
     "Module i is to reproduce the hybrid with modules[i] in the same place."
-    def match(flows, wanted):
-        with torch.no_grad(): return hybrids(host, {i: modules[i] for i in wanted}, flows)
+    def match(flows, wanted): return hybrids(host, {i: modules[i] for i in wanted}, flows)
     return match
 
 def paired(host, modules, settings, seed, match=match_nothing, fixed=(), name="module"):
@@ -106,7 +105,7 @@ def paired(host, modules, settings, seed, match=match_nothing, fixed=(), name="m
     def each(models, x, y, step):
         with tallied(role): flows = prefix(host, x)
         training = {i: models[n] for i, n in names.items() if n in models}
-        with tallied("teacher"): targets = match(flows, training)
+        with tallied("teacher"), torch.no_grad(): targets = match(flows, training)
         for i, module in training.items():
             yield {names[i]: terms(i, module, flows[i], targets.get(i), y, step)}
     return Phase({names[i]: m for i, m in modules.items()}, Apart(each), (host, *fixed))

@@ -291,6 +291,20 @@ def test_matching_the_host(batches):
         assert torch.allclose(terms[f"fit-{i}"]["distill"], kl, atol=1e-6)
 
 
+def test_targets_of_one_s_own(batches):
+    "One pass of a teacher that nobody froze, for all pairs: the targets are without gradient."
+    meta, teacher, students = chains()
+    teacher.requires_grad_(True)
+    calls = []
+    def whole(flows, wanted):
+        calls.append([*wanted])
+        return dict.fromkeys(wanted, teacher(flows[0]))
+    phase = paired(meta, dict(enumerate(students)), Distillation(alpha=1), 0, whole)
+    for part in phase.parts(phase.trains, *batches.at(0, 0), 0): sum(t["loss"] for t in part.values()).backward()
+    assert calls == [[0, 1, 2]] and all(p.grad is None for p in teacher.parameters())
+    assert all(any(p.grad.any() for p in s.parameters() if p.grad is not None) for s in students)
+
+
 def test_a_module_that_is_not_there():
     meta, _, students = chains()
     with pytest.raises(IndexError, match=r"module index 3 is outside 0\.\.2"): paired(meta, {3: students[0]}, Distillation(), 0)
