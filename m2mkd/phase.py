@@ -24,13 +24,13 @@ class Phase:
     fixed: tuple[nn.Module, ...] = field(default=())
 
     def parts(self, *batch):
-        "The loss in parts {name: terms}, no two of which share a graph: all at once, or one `Apart`."
+        "The loss in parts {name: terms} that share no graph: model after model if it is `Apart`."
         if isinstance(self.loss, Apart): yield from self.loss.each(*batch)
         else: yield self.loss(*batch)
 
 class Apart:
-    """The loss of models that share no graph: `each(models, x, y, step)` yields {name: terms} model after
-    model, and the loop goes backward through one before the next is computed. Called, it gives all."""
+    """The loss of models that share no graph: `each(models, x, y, step)` yields {name: terms} model
+    after model; the loop goes backward through one before the next is made. Called, it gives all."""
     def __init__(self, each): self.each = each
 
     def __call__(self, models, x, y, step):
@@ -82,8 +82,8 @@ def whence(model, terms):
     step, is not finite; empty if all is."""
     for key, values in terms.items():
         if values.dim() and not (ok := values.isfinite()).all():
-            observers = [n for n, m in model.named_modules() if key in getattr(m, "observed", dict)()]
-            if len(observers) == len(ok): return f" ({key} from {observers[int((~ok).nonzero()[0])]} on)"
+            seen = [n for n, m in model.named_modules() if key in getattr(m, "observed", dict)()]
+            if len(seen) == len(ok): return f" ({key} from {seen[int((~ok).nonzero()[0])]} on)"
     return ""
 
 def end_to_end(model, seed, name="model"):

@@ -192,18 +192,18 @@ class Trainer:
         for part, (xs, ys) in enumerate(zip(x.chunk(k), y.chunk(k))):
             parts = self.phase.parts(self.models, xs, ys, self.step * k + part)
             with self.accelerator.accumulate(*self.models.values()):
-                while self.backward(parts, terms): pass
+                while self.backward(parts, terms, k): pass
         if (left := [n for n in self.models if n not in terms]):
             raise ValueError(f"the loss has no terms of {left[0]}, which trains")
         return terms
 
-    def backward(self, parts, terms):
-        "The next of a phase's `parts`, forward and backward, added to `terms`; False if there is none."
+    def backward(self, parts, terms, k):
+        "The next of `parts`, forward and backward, a k-th into `terms`; False if none is left."
         with self.accelerator.autocast(): found = next(parts, {})
         if found: self.accelerator.backward(sum(t["loss"] for t in found.values()))
         for name, t in found.items():
             into = terms.setdefault(name, {})
-            for key, v in t.items(): into[key] = into.get(key, 0) + v.detach() / self.settings.accumulate
+            for key, v in t.items(): into[key] = into.get(key, 0) + v.detach() / k
         return bool(found)
 
     def update(self, x, y):
