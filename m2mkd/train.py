@@ -28,7 +28,7 @@ from .given import own_batches
 from .lock import owned
 from .measure import flop_counter
 from .optimizer import LOWEST, check_optimizer, check_schedule, make_optimizer, make_schedule, warmup_steps
-from .phase import Phase, auxiliary, end_to_end, full, soft_cross_entropy, with_auxiliary
+from .phase import Phase, auxiliary, end_to_end, full, soft_cross_entropy, whence, with_auxiliary
 from .stop import Stop, Stopped, stopping
 
 # %% ../nbs/07_train.ipynb #ca11c771
@@ -105,6 +105,7 @@ class Learner:
     "One model of a phase with its optimizer, schedule, averaged weights (if any) and folder."
     def __init__(self, name, model, folder, settings, steps, accelerator):
         self.name, self.folder, self.accelerator, self.clip = name, folder, accelerator, settings.clip or math.inf
+        model.zero_grad()                          # of whatever was done with it before
         optimizer = make_optimizer(model, settings)
         self.average = ModelEmaV3(model, decay=settings.average, device=accelerator.device) if settings.average else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -141,14 +142,6 @@ class Learner:
         if self.average: self.average.module.load_state_dict(state["average"])
 
 # %% ../nbs/07_train.ipynb #2b0845c1
-def _whence(model, terms):
-    "For an error: from which submodule of `model` on what was `observed()`, in the `terms` of one step, is not finite; empty if all is."
-    for key, values in terms.items():
-        if values.dim() and not (ok := values.isfinite()).all():
-            observers = [name for name, m in model.named_modules() if key in getattr(m, "observed", dict)()]
-            if len(observers) == len(ok): return f" ({key} from {observers[int((~ok).nonzero()[0])]} on)"
-    return ""
-
 def _paid(saved):
     "{kind: FLOPs} of a checkpoint; in older ones there is a single ratio, of all kinds."
     return {k: Fraction(*n) for k, n in (saved if isinstance(saved, dict) else {"flops": saved}).items()}
@@ -197,13 +190,21 @@ class Trainer:
         "Gradients of the batch in all learners; the recorded terms, averaged over the parts of the batch."
         k, terms = self.settings.accumulate, {}
         for part, (xs, ys) in enumerate(zip(x.chunk(k), y.chunk(k))):
+            parts = self.phase.parts(self.models, xs, ys, self.step * k + part)
             with self.accelerator.accumulate(*self.models.values()):
-                with self.accelerator.autocast(): parts = self.phase.loss(self.models, xs, ys, self.step * k + part)
-                self.accelerator.backward(sum(t["loss"] for t in parts.values()))
-            for name, t in parts.items():
-                into = terms.setdefault(name, {})
-                for key, value in t.items(): into[key] = into.get(key, 0) + value.detach() / k
+                while self.backward(parts, terms, k): pass
+        if (left := [n for n in self.models if n not in terms]):
+            raise ValueError(f"the loss has no terms of {left[0]}, which trains")
         return terms
+
+    def backward(self, parts, terms, k):
+        "The next of `parts`, forward and backward, a k-th into `terms`; False if none is left."
+        with self.accelerator.autocast(): found = next(parts, {})
+        if found: self.accelerator.backward(sum(t["loss"] for t in found.values()))
+        for name, t in found.items():
+            into = terms.setdefault(name, {})
+            for key, v in t.items(): into[key] = into.get(key, 0) + v.detach() / k
+        return bool(found)
 
     def update(self, x, y):
         "One step of all learners."
@@ -230,7 +231,7 @@ class Trainer:
             values = torch.stack([r[key].float() for r in rows]).view(len(rows), -1)
             if not (ok := values.isfinite()).all():
                 row = int((~ok).nonzero()[0, 0])
-                step, where = self.step - len(rows) + row + 1, _whence(learner.bare, rows[row])
+                step, where = self.step - len(rows) + row + 1, whence(learner.bare, rows[row])
                 raise FloatingPointError(f"{key} of {learner.name} became {values[~ok][0].item()} in step {step} of {self.steps}{where}; {self.kept()}")
             means[key] = values.mean().item()
         return means

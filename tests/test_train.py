@@ -389,6 +389,20 @@ def test_train_says_what_it_takes(tmp_path):
     with pytest.raises(ValueError, match="folders are for mdel, but what trains is model"): train(phase, [], settings, {"mdel": tmp_path})
 
 
+def test_a_loss_that_leaves_a_model_out(run):
+    with pytest.raises(ValueError, match="the loss has no terms of b, which trains"): run("one", spoil=lambda terms, step: {"a": terms["a"]})
+
+
+def test_gradients_from_before_the_run_do_not_count(digits, tmp_path):
+    found = []
+    for looked in (False, True):
+        phase, batches = end_to_end(model(), 0), Batches(digits, 16, PLAIN.augment)
+        if looked: phase.loss(phase.trains, *batches.at(1, 0), 0)["model"]["loss"].backward()
+        train(phase, batches, PLAIN, {"model": tmp_path/f"{looked}"}, runtime=EVERY_STEP)
+        found.append(kept(tmp_path/f"{looked}"))
+    assert found[0][:2] == found[1][:2] and all(torch.equal(v, found[1][2][k]) for k, v in found[0][2].items())
+
+
 def test_a_mask_of_infinities_is_no_damage():
     class Masked(nn.Module):
         def __init__(self):
