@@ -122,7 +122,7 @@ def test_the_results_are_in_the_readme():
     assert results(here).replace("](../", "](") == results((root/"README.md").read_text())
 
 
-MESSAGES_FROM = "0c6b93e"       # what is not before this commit has a subject of at most 72 characters, and a body
+MESSAGES_FROM = "6b64e2b"       # what is not before this commit has a subject of at most 72 characters, and a body
 
 def bad_messages(folder, since):
     """Subjects of commits that are not before `since`, merges left out, that are too long or stand alone; None where git

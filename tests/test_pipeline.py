@@ -146,7 +146,7 @@ def without_weights(root, *stages):
 
 def test_a_clone_without_weights_is_done(stages, tmp_path, no_training):
     "Every call finds its stage, and only who asks for weights hears what they cost and how to have them."
-    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
+    shutil.copytree(stages["final"].path.parent, tmp_path/"runs")
     facts, lab = without_weights(tmp_path/"runs"), lab_at(tmp_path/"runs")
     found = experiment(lab)
     assert found["final"].hash == stages["final"].hash and found["modules"].health.equals(stages["modules"].health)
@@ -164,8 +164,8 @@ def equal_arrays(a, b): return a.dtype == b.dtype and a.tolist() == b.tolist()
 
 def test_one_module_is_made_beside_others_without_weights(stages, tmp_path):
     "The weights of what is done are not needed for the rest of its group; what is done stays as it was."
-    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
-    lab, (one, two, three) = lab_at(tmp_path/"runs"), (tmp_path/"runs/stages"/s.path.name for s in stages["modules"])
+    shutil.copytree(stages["final"].path.parent, tmp_path/"runs")
+    lab, (one, two, three) = lab_at(tmp_path/"runs"), (tmp_path/"runs"/s.path.name for s in stages["modules"])
     (one/"model.safetensors").unlink()
     shutil.rmtree(two)
     before = (one/"done.json").read_bytes(), (three/"done.json").read_bytes()
@@ -175,7 +175,7 @@ def test_one_module_is_made_beside_others_without_weights(stages, tmp_path):
 
 def test_weights_are_made_again_where_they_are_asked_for(stages, tmp_path, capsys):
     "Of a model and all that it needs, the same to the bit; the facts stay untouched."
-    shutil.copytree(stages["final"].path.parents[1], tmp_path/"runs")
+    shutil.copytree(stages["final"].path.parent, tmp_path/"runs")
     facts, lab = without_weights(tmp_path/"runs"), lab_at(tmp_path/"runs", again=True)
     found = experiment(lab)
     assert "again" not in capsys.readouterr().out and not found["final"].stored
