@@ -121,7 +121,7 @@ def test_seeds_floors_and_only(made, refused):
     again = lab.incubate("incubate", VIT, made.meta, TASK, BRIEF, seed=np.int64(0), only=(np.int64(1),))
     assert again == made.modules[1:] and lab.incubate("incubate", VIT, made.meta, TASK, BRIEF, only=range(2)) == made.modules
     for seed in ("0", 0.0, True, [0]):
-        refused(lambda: Lab(root, seed=seed), TypeError, "Lab(root, task, training, runtime, seed, floor, again): seed is ", "a whole number")
+        refused(lambda: Lab(root, seed=seed), TypeError, "Lab(root, task, training, runtime, seed, floor, again, where): seed is ", "a whole number")
         refused(lambda: lab.end_to_end("x", VIT, TASK, BRIEF, seed=seed), TypeError, "seed is ")
     for floor in (-0.1, 1.5, float("nan")): refused(lambda: Lab(root, floor=floor), ValueError, "outside 0..1")
     for given in (dict(runtime="cpu"), dict(runtime=torch.device("cpu")), dict(runtime=0), dict(floor="0.5"), dict(floor=True), dict(root=TASK), dict(root=None)):
