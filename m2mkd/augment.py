@@ -22,7 +22,7 @@ from timm.data.mixup import mixup_target
 from .core import Settings, generator, late, seeded
 
 # %% ../nbs/02b_augment.ipynb #c22eff3f
-ke, kt = late("kornia.enhance"), late("kornia.geometry.transform")
+ke = late("kornia.enhance")
 kc, kg = late("kornia.color"), late("kornia.geometry.conversions")
 
 # %% ../nbs/02b_augment.ipynb #6fdf7e53
@@ -173,23 +173,28 @@ def _inverse(matrices):
     return rows / (a * rows[:, 0]).sum(-1)[:, None, None]
 
 def _warp(x, matrices, corners):
-    h, w = x.shape[-2:]
+    (h, w), like = x.shape[-2:], dict(device=x.device, dtype=x.dtype)
     reach = lambda size: float(size > 1) if corners else 1 - 1 / size
     ends = lambda size: (-reach(size), reach(size), size)
-    xs, ys = (torch.linspace(*ends(n), device=x.device, dtype=x.dtype) for n in (w, h))
-    maps = _inverse(kg.normalize_homography(matrices, (h, w), (h, w), align_corners=corners))
+    xs, ys = (torch.linspace(*ends(n), **like) for n in (w, h))
+    scaled = kg.normal_transform_pixel(h, w, **like, align_corners=corners)
+    maps = _inverse(scaled @ (matrices @ _inverse(scaled)))
     of_x, of_y, shift = maps[:, :2, :, None, None].unbind(2)
     return _read(x - _GREY, (of_x * xs + of_y * ys[:, None]).add_(shift), corners).add_(_GREY)
 
+def _same(x): return torch.eye(3, device=x.device, dtype=x.dtype).repeat(len(x), 1, 1)
+
 def _rotation(x, m, sign, inc):
-    h, w = x.shape[-2:]
-    centre = x.new_tensor([(w - 1) / 2, (h - 1) / 2]).expand(len(x), 2)
-    matrices = kt.get_rotation_matrix2d(centre, sign * 30 * m, torch.ones_like(centre))
-    return kg.convert_affinematrix_to_homography(matrices)
+    "Matrices that put the centre at 0, turn, and put it back."
+    turned, moved, (h, w) = _same(x), _same(x), x.shape[-2:]
+    centre = x.new_tensor([(w - 1) / 2, (h - 1) / 2])
+    turned[:, :2, :2] = kg.angle_to_rotation_matrix(sign * 30 * m)
+    turned[:, :2, 2], moved[:, :2, 2] = centre, -centre
+    return turned @ moved
 
 def _entry(i, j, most, x, m, sign, inc):
     "Matrices of a shear, or (j = 2) of a shift by a share of the image: `most` at entry (i, j)."
-    matrices = torch.eye(3, device=x.device, dtype=x.dtype).repeat(len(x), 1, 1)
+    matrices = _same(x)
     matrices[:, i, j] = sign * most * m * (x.shape[-1 - i] if j == 2 else 1)
     return matrices
 
@@ -237,11 +242,12 @@ def _apply(x, drawn, m, sign, inc):
 def rand_augment_(x, text, u):
     "`rand_augment` in place."
     numbers = rand_numbers(text)
-    for choice, applied, strength, sign in u.reshape(len(u), -1, 4).permute(1, 2, 0):
-        m = numbers["m"] + numbers["mstd"] * torch.special.ndtri(strength.double().clamp(1e-6, 1 - 1e-6)).float()
-        m, sign = m.clamp(0, numbers["mmax"]) / 10, torch.where(sign < 0.5, -1., 1.)
-        drawn = (choice * len(OPERATIONS)).long().where(applied < numbers["p"], len(OPERATIONS))
-        _apply(x, drawn, m, sign, bool(numbers["inc"]))
+    choice, applied, strength, sign = u.reshape(len(u), -1, 4).permute(2, 1, 0)    # each (n, B)
+    away = torch.special.ndtri(strength.double().clamp(1e-6, 1 - 1e-6)).float()
+    m = (numbers["m"] + numbers["mstd"] * away).clamp(0, numbers["mmax"]) / 10
+    drawn = (choice * len(OPERATIONS)).long().where(applied < numbers["p"], len(OPERATIONS))
+    for layer in zip(drawn, m, torch.where(sign < 0.5, -1., 1.)):
+        _apply(x, *layer, bool(numbers["inc"]))
     return x
 
 def rand_augment(x, text, u):
@@ -273,15 +279,24 @@ def normalise(x, high=1., out=None):
     return out
 
 # %% ../nbs/02b_augment.ipynb #8b2502ad
-def erase(x, u, noise):
-    "x (B, 3, H, W) normalised, with a rectangle of `noise` in each image; u (B, 4): area, ratio, left, top."
-    h, w = x.shape[-2:]
+def _boxes(u, h, w):
+    "[(rows, columns), ...] of the rectangles for u (n, 4): area, ratio, left, top."
     area, ratio = 0.02 + (1 / 3 - 0.02) * u[:, 0], torch.exp((u[:, 1] * 2 - 1) * math.log(10 / 3))
     wide, high = ((area * r).sqrt().clamp(max=1) for r in (1 / ratio, ratio))
     left, top = u[:, 2] * (1 - wide) * w, u[:, 3] * (1 - high) * h
-    inside = lambda start, length, size: (start[:, None] <= torch.arange(size)) & (torch.arange(size) < (start + length * size)[:, None])
-    mask = inside(top, high, h)[:, :, None] & inside(left, wide, w)[:, None, :]
-    return torch.where(mask[:, None].to(x.device), noise, x)
+    edges = torch.stack([top, top + high * h, left, left + wide * w], 1).ceil().int().tolist()
+    return [(slice(t, b), slice(l, r)) for t, b, l, r in edges]
+
+def _erase(images, u, noise):
+    "In place, on a list of images (3, H, W), from a list of the same."
+    for image, new, (rows, columns) in zip(images, noise, _boxes(u, *noise[0].shape[-2:])):
+        image[:, rows, columns] = new[:, rows, columns]
+
+def erase(x, u, noise):
+    "x (B, 3, H, W) normalised, with a rectangle of `noise` in each image; u (B, 4): area, ratio, left, top."
+    erased = x.clone()
+    _erase(erased, u, noise.expand_as(x))
+    return erased
 
 # %% ../nbs/02b_augment.ipynb #4b634ac8
 def augmented(images, augment, seed, step, rows, n):
@@ -295,9 +310,10 @@ def augmented(images, augment, seed, step, rows, n):
     hit = table[:, 5] < augment.erasing
     noise = torch.randn(int(hit.sum()), *x.shape[1:], generator=generator(seed, "erasing", step, x.device), device=x.device)
     mine = hit[rows].nonzero().flatten()
-    at, nth = mine.to(x.device), (hit.cumsum(0) - 1)[rows[mine]].to(x.device)
-    erased = erase(x.index_select(0, at), u[mine, 6:10], noise.index_select(0, nth))
-    return x.index_copy_(0, at, erased)
+    nth = (hit.cumsum(0) - 1)[rows[mine]]
+    images, news = [x[k] for k in mine.tolist()], [noise[k] for k in nth.tolist()]
+    if images: _erase(images, u[mine, 6:10], news)
+    return x
 
 # %% ../nbs/02b_augment.ipynb #c0350018
 def mixed(x, labels, classes, augment, seed, step):

@@ -116,7 +116,7 @@ class _Erased:
     def __setitem__(self, at, values): self.written.append((at, values.numpy()))
 
 def _reseed(s):
-    "Python, numpy and torch on the CPU draw from s; to be called inside `seeded`, which puts them back."
+    "Python, numpy and torch on the CPU draw from s; inside `seeded`, which puts them back."
     random.seed(s); np.random.seed(s % 2**32); torch.default_generator.manual_seed(s)
 
 class _Samples(Dataset):
@@ -144,7 +144,7 @@ def _collated(samples):
     return default_collate(images), [(k, *w) for k, some in enumerate(written) for w in some]
 
 def _finished(images, written, mean, std):
-    "uint8 (B, 3, H, W) -> float32 (x / 255 - mean) / std, erased; one by one, for the cache's sake."
+    "uint8 (B, 3, H, W) -> float32 (x / 255 - mean) / std, erased; one by one, for the cache."
     x = torch.empty(images.shape)
     for image, out in zip(images, x): torch.div(image, 255, out=out).sub_(mean).div_(std)
     for k, at, values in written: x[k][at] = torch.from_numpy(values)

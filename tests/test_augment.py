@@ -1,4 +1,6 @@
 "RandAugment in groups against one operation after the other by kornia, as recorded runs had it."
+import math
+
 import kornia.enhance as ke
 import kornia.geometry.transform as kt
 import pytest
@@ -141,3 +143,17 @@ def test_normalised_into_what_is_given():
     y = augment.normalise(x, 255)
     assert torch.allclose(y, former_normalise(x, 255), atol=1e-6) and x.max() == 255
     assert augment.normalise(x, 255, out=x) is x and torch.equal(x, y)
+
+def test_erased_where_the_former_mask_was():
+    "A rectangle of whole pixels: those that the comparison with its bounds takes in."
+    u, size = torch.rand(300, 4, generator=generator(5, "u")), 17
+    u[:3] = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [1, 0.5, 0, 1]]) * (1 - 1e-6)
+    area, ratio = 0.02 + (1 / 3 - 0.02) * u[:, 0], torch.exp((u[:, 1] * 2 - 1) * math.log(10 / 3))
+    wide, high = ((area * r).sqrt().clamp(max=1) for r in (1 / ratio, ratio))
+    at = torch.arange(size)
+    def inside(start, length):
+        return (start[:, None] <= at) & (at < (start + length * size)[:, None])
+    rows = inside(u[:, 3] * (1 - high) * size, high)
+    mask = rows[:, :, None] & inside(u[:, 2] * (1 - wide) * size, wide)[:, None, :]
+    erased = augment.erase(torch.zeros(300, 3, size, size), u, torch.ones(1))
+    assert torch.equal(erased, mask[:, None].expand(-1, 3, -1, -1).float())
