@@ -316,8 +316,21 @@ def augmented(images, augment, seed, step, rows, n):
     return x
 
 # %% ../nbs/02b_augment.ipynb #c0350018
+def _mix(x, take, keep):
+    "In place, on x (B, 3, H, W): `keep` of image k and `take` of image B-1-k, each (1, H, W)."
+    n, half = len(x), len(x) // 2
+    part = max(1, 2**18 // x[0].numel()) if x.device.type == "cpu" else half
+    for start in range(0, half, part):
+        stop = min(start + part, half)
+        one, other = x[start:stop], x[n - stop:n - start]
+        of_one, of_other = one.flip(0).mul_(take), other.flip(0).mul_(take)
+        one.mul_(keep).add_(of_other); other.mul_(keep).add_(of_one)
+
 def mixed(x, labels, classes, augment, seed, step):
     "Images (B, 3, H, W) and labels (B,) -> images and soft targets (B, C), by timm's mixup and cutmix, smoothed."
     if not (augment.mixup or augment.cutmix): return x, mixup_target(labels, classes, 1., augment.smoothing)
     mix = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
-    with seeded(seed, "mixup", step): return mix(x, labels)
+    black_white = torch.stack([torch.zeros_like(x[0, :1]), torch.ones_like(x[0, :1])])
+    with seeded(seed, "mixup", step): shares, targets = mix(black_white, labels)
+    _mix(x, *shares)
+    return x, targets

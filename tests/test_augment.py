@@ -5,11 +5,11 @@ import kornia.enhance as ke
 import kornia.geometry.transform as kt
 import pytest
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 
 from m2mkd import augment
 from m2mkd.augment import Augment, rand_augment, rand_augment_, rand_numbers
-from m2mkd.core import generator
+from m2mkd.core import generator, seeded
 
 TEXTS = ("rand-m9-mstd0.5-inc1", "rand-m5-mstd3", "rand-m9-mstd3-n3-p1-inc1", "rand-m10-p0")
 RICH = Augment(scale=(0.08, 1), randaugment=TEXTS[0], erasing=0.25)
@@ -157,3 +157,20 @@ def test_erased_where_the_former_mask_was():
     mask = rows[:, :, None] & inside(u[:, 2] * (1 - wide) * size, wide)[:, None, :]
     erased = augment.erase(torch.zeros(300, 3, size, size), u, torch.ones(1))
     assert torch.equal(erased, mask[:, None].expand(-1, 3, -1, -1).float())
+
+@pytest.mark.parametrize("how", [dict(mixup=0.8), dict(cutmix=1.), dict(mixup=0.8, cutmix=1., smoothing=0.1)])
+@pytest.mark.parametrize("n,size", [(2, 5), (10, 16), (50, 64)])
+def test_mixed_as_timm_mixes(how, n, size):
+    "To the bit, images and targets; also where the pairs are no whole number of parts."
+    labels, seen = torch.arange(n) % 7, set()
+    labels[0] = 6
+    for step in range(8):
+        x = torch.randn(n, 3, size, size, generator=generator(step, "x"))
+        numbers = how.get("mixup", 0.), how.get("cutmix", 0.)
+        smooth = how.get("smoothing", 0.)
+        theirs = Mixup(*numbers, label_smoothing=smooth, num_classes=7)
+        with seeded(0, "mixup", step): images, targets = theirs(x.clone(), labels)
+        ours = augment.mixed(x, labels, 7, Augment(**how), 0, step)
+        assert torch.equal(ours[0], images) and torch.equal(ours[1], targets) and ours[0] is x
+        seen.add(float(targets[0].max()))
+    assert len(seen) > 3
