@@ -7,7 +7,7 @@ __all__ = ['ImageSet', 'FileSet', 'timm_transform', 'decoded', 'Data', 'load', '
            'Augment']
 
 # %% ../nbs/02_data.ipynb #8e4b6431
-import hashlib, os, zlib
+import hashlib, os, random, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from pydantic import Field, PrivateAttr, field_validator
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.functional import pil_to_tensor
 
 from .augment import Augment, augmented, mixed, normalise, timm_text, within_limits
-from .core import Settings, generator, hash_of, known, progress, seeded, to_plain, whole
+from .core import Settings, generator, hash_of, known, progress, seed_of, seeded, to_plain, whole
 from .given import Pairs, open_given
 from .pixels import decode
 from .sources import Choice, open_source, rank_in_class
@@ -87,21 +90,11 @@ class FileSet:
     def batches(self, todo, augment=None, seed=0):
         "For each (step, rows, positions, B) of `todo` the images x float32, normalised; augmented unless `augment` is None."
         plan = [[(int(r), (*step, int(k))) for r, k in zip(rows, positions)] for step, rows, positions, _ in todo]
-        transform = timm_transform(augment, self.image_size, self.eval_crop)
+        samples = _Samples(self, timm_transform(augment, self.image_size, self.eval_crop), seed)
         workers = self.workers if len(plan) > 1 else 0
-        try: yield from torch.utils.data.DataLoader(_Samples(self, transform, seed), batch_sampler=plan, num_workers=workers)
+        loader = DataLoader(samples, batch_sampler=plan, num_workers=workers, collate_fn=_collated)
+        try: yield from (_finished(*batch, *samples.normal) for batch in loader)
         except ValueError as e: raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-@dataclass
-class _Samples(torch.utils.data.Dataset):
-    "(row, (epoch, batch, position)) -> one transformed image."
-    images: FileSet
-    transform: object
-    seed: int
-
-    def __getitem__(self, key):
-        row, source = int(self.images.rows[key[0]]), self.images.source
-        with seeded(self.seed, "sample", key[1]): return self.transform(decode(next(iter(source.read([row]))), source.where(row)))
 
 def timm_transform(augment, size, eval_crop=1.):
     "timm's transform of a PIL image for `augment`, or for evaluation if that is None; a ValueError for what only sets in memory do."
@@ -113,6 +106,49 @@ def timm_transform(augment, size, eval_crop=1.):
         re_prob=augment.erasing, re_mode="pixel", interpolation="bicubic")
     if drawn: within_limits(transform, augment.randaugment)
     return transform
+
+# %% ../nbs/02_data.ipynb #d28203ed
+class _Erased:
+    "Stands for an image (3, H, W) that is erased: keeps what is written into it, and where."
+    dtype = torch.float32
+    def __init__(self, *shape): self.shape, self.written = shape, []
+    def size(self): return self.shape
+    def __setitem__(self, at, values): self.written.append((at, values.numpy()))
+
+def _reseed(s):
+    "Python, numpy and torch on the CPU draw from s; inside `seeded`, which puts them back."
+    random.seed(s); np.random.seed(s % 2**32); torch.default_generator.manual_seed(s)
+
+class _Samples(Dataset):
+    "[(row, (epoch, batch, position)), ...] -> [(image (3, H, W) uint8, what erases it), ...]"
+    def __init__(self, images, transform, seed):
+        self.images, self.seed, steps = images, seed, transform.transforms
+        cut = next(k for k, t in enumerate(steps) if isinstance(t, MaybeToTensor))
+        self.until, normal, self.erasing = steps[:cut], steps[cut + 1], steps[cut + 2:]
+        self.normal = [torch.as_tensor(v).view(3, 1, 1) for v in (normal.mean, normal.std)]
+
+    def __getitems__(self, keys):
+        with seeded(self.seed, "samples"): return [self._one(*key) for key in keys]
+
+    def _one(self, k, step):
+        row, source = int(self.images.rows[k]), self.images.source
+        image = decode(next(iter(source.read([row]))), source.where(row))
+        _reseed(seed_of(self.seed, "sample", step))
+        for t in self.until: image = t(image)
+        erased = _Erased(3, image.height, image.width)
+        for t in self.erasing: t(erased)
+        return pil_to_tensor(image), erased.written
+
+def _collated(samples):
+    images, written = zip(*samples)
+    return default_collate(images), [(k, *w) for k, some in enumerate(written) for w in some]
+
+def _finished(images, written, mean, std):
+    "uint8 (B, 3, H, W) -> float32 (x / 255 - mean) / std, erased; one by one, for the cache."
+    x = torch.empty(images.shape)
+    for image, out in zip(images, x): torch.div(image, 255, out=out).sub_(mean).div_(std)
+    for k, at, values in written: x[k][at] = torch.from_numpy(values)
+    return x
 
 # %% ../nbs/02_data.ipynb #019f54a8
 def decoded(source, rows, name, size, crop):

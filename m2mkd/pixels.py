@@ -34,7 +34,8 @@ def to_rgb(image):
         raise ValueError(f"pictures of mode {mode} (32 bits a pixel or the like) say not what is white; "
                          "save them with 8 or 16 bits")
     rule = _on_white if image.has_transparency_data and mode in _PLAIN else MODES[mode]
-    return rule(image).convert("RGB")
+    image = rule(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../nbs/02e_pixels.ipynb #76f80914
 def decode(raw, where, size=None, crop=1.):

@@ -250,6 +250,21 @@ def test_images_in_files(layout, request):
     (x, y), (u, v) = next(whole_split(files, 64)), next(whole_split(memory, 64))
     assert torch.allclose(x, u, atol=1e-5) and torch.equal(y, v)
 
+@pytest.mark.parametrize("how", [RICH.but(mixup=0, cutmix=0), Augment(flip=0), None], ids=["rich", "crop", "eval"])
+def test_eight_bits_are_finished_as_timm_does(hub_layout, how):
+    "Sent as eight bits and finished afterwards an image equals, to the bit, timm's whole transform of its picture."
+    files = load("x", hub_layout, image_size=20, in_memory=False, eval_crop=0.9)
+    transform, rows = data.timm_transform(how, 20, 0.9), torch.arange(60)
+    for workers in (0, 2):
+        files.workers, before = workers, random.getstate()
+        todo = [((3, b), some, torch.arange(15), 15) for b, some in enumerate(rows.split(15))]
+        ours = torch.cat(list(files.batches(todo, how, seed=7)))
+        assert random.getstate() == before
+        for r in rows.tolist():
+            picture = pixels.decode(next(iter(files.source.read([r]))), "x")
+            with core.seeded(7, "sample", (3, r // 15, r % 15)): whole = transform(picture)
+            assert torch.equal(ours[r], whole), (workers, r)
+
 def test_mapped_shards_keep_their_ids(hub_layout):
     some = load("tiny-imagenet", hub_layout, files=(1,), image_size=12, in_memory=False)
     assert some.ids.tolist() == list(range(30, 60))
