@@ -29,10 +29,6 @@ def distance(receivers, senders):
     return d + (d.clamp(0, 2) - d).detach()
 
 # %% ../nbs/04_graphs.ipynb #56963883
-def _log_sigmoid(x):
-    "As F.logsigmoid, up to a rounding unit; several times faster on the CPU. Below -80 it is x itself, so nothing underflows."
-    return x.clamp(min=-80).sigmoid().log() + (x + 80).clamp(max=0)
-
 class Kernel(nn.Module):
     """The truncated dot-product kernel on signatures and its relaxed sampling (the SKM of NAC's SKMDPA, arXiv 2210.08031).
     `truncation`: distance in (0, 2) beyond which there is no link, None for never; `bandwidth`: a distance, > 0; `temperature` of the relaxed
@@ -72,7 +68,7 @@ class Kernel(nn.Module):
         x = x.clamp(math.log(eps), math.log1p(-eps))
         logits = self.truncate(x - (-x.expm1()).log(), beyond) / self.temperature
         noise = torch.rand(batch, *x.shape, dtype=x.dtype, device=x.device).logit_(eps)
-        return _log_sigmoid(noise.div_(self.temperature).add_(logits))
+        return F.logsigmoid(noise.div_(self.temperature).add_(logits))
 
     @staticmethod
     def truncate(x, beyond):

@@ -36,6 +36,11 @@ class PlainModFC(ModFC):
     "The modulated layer, on torch's own product."
     product = staticmethod(F.linear)
 
+def _leave(self, receivers, messages):
+    "Messages (B, H, U, d) -> new states (B, U, D) of the receivers."
+    message = self.layer_scale(self.out(messages.transpose(1, 2).flatten(2), receivers.codes))
+    return receivers.states + self.drop_path(message) if self.residual else message
+
 class PlainFFN(ModFFN):
     "The FFN: one layer, then GELU or GEGLU."
     def forward(self, states, codes):
@@ -49,6 +54,8 @@ class PlainFFN(ModFFN):
 
 class PlainGraphAttention(GraphAttention):
     "Attention along a graph; every receiver must have a sender."
+    leave = _leave
+
     def forward(self, receivers, senders):
         own, heard = self.norm(receivers.states), (self.sender_norm or self.norm)(senders.states)
         q, k, v = map(self.by_head, (self.query(own, receivers.codes), self.key(heard, senders.codes), self.value(heard, senders.codes)))
@@ -60,6 +67,8 @@ class PlainGraphAttention(GraphAttention):
 
 class PlainReadInAttention(ReadInAttention):
     "The read-in's attention: the tokens are expanded, one copy a latent, then modulated, then projected."
+    leave = _leave
+
     def forward(self, receivers, tokens):
         x = self.token_norm(tokens).unsqueeze(2).expand(-1, -1, receivers.states.shape[1], -1)
         k, v = (layer(x, receivers.codes).unflatten(-1, (self.heads, -1)) for layer in (self.key, self.value))

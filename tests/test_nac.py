@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 
+from m2mkd import modulated, products
 from m2mkd.chain import evaluating
 from m2mkd.convert_nac import student_from_published, nac_from_published, nac_settings, published_name
 from m2mkd.core import from_plain, seeded, to_plain
@@ -290,6 +291,48 @@ def test_the_absorbed_read_in_is_the_plain_one(bias):
     inputs = [tokens, *(p for n, p in attention.named_parameters())]
     one, two = ((y := f(nodes, tokens), *torch.autograd.grad(weigh(y), inputs, retain_graph=True)) for f in (attention, oracle))
     for a, b in zip(one, two, strict=True): close(a, b)
+
+def results_of(circuit, images):
+    "Logits and all gradients in training mode, with the random numbers of one step."
+    with seeded(0, "step"): logits = circuit(images)
+    own = [p for p in circuit.parameters() if p.requires_grad]
+    found = torch.autograd.grad(weigh(logits), own, allow_unused=True)
+    return logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(own, found))
+
+@pytest.mark.parametrize("tile, kept", [(1, 0), (10**9, 0), (100, 10**9), (10**9, 10**9)])
+def test_a_small_circuit_computes_what_a_large_one_does(monkeypatch, tile, kept):
+    "On each side of both sizes that choose: as published, equal calls equal to the bit."
+    monkeypatch.setattr(products, "TILE", tile)
+    monkeypatch.setattr(modulated, "KEPT", kept)
+    circuit, images = small(propagator=SMALL.but(drop_path=0.1, ffn_drop_path=0.1, qkv_bias=True))
+    circuit.train()
+    ours, again, theirs = (results_of(c, images) for c in (circuit, circuit, plain(circuit)))
+    for a, b, c in zip(ours, again, theirs):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize("size", ["micro", "tiny-imagenet"])
+def test_float32_of_the_presets_is_near_the_published_form(size):
+    settings = preset(size).but(propagators=1)
+    with seeded(0, "circuit"):
+        circuit = settings.but(mediators=Latents(count=settings.mediators.count)).build(10, 48).train()
+        images = torch.randn(2, 3, 48, 48)
+    ours, again, theirs = (results_of(c, images) for c in (circuit, circuit, plain(circuit)))
+    for a, b, c in zip(ours, again, theirs):
+        assert torch.equal(a, b)
+        assert (a - c).norm() <= 1e-3 * c.norm() + 1e-5
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_whether_all_receivers_hear_somebody_changes_no_number(silent):
+    circuit, _ = small()
+    attention = circuit[1].attention
+    def nodes(n, start): return Nodes(torch.randn(3, n, 16, dtype=torch.float64), torch.randn(n, 8, dtype=torch.float64),
+                                      torch.eye(12, dtype=torch.float64)[start:start + 1].expand(n, -1).clone())
+    receivers, senders = nodes(4, 0), nodes(5, 0)
+    if silent: receivers.signatures[2] = torch.eye(12, dtype=torch.float64)[1]
+    found, weights = attention(receivers, senders), attention.weights(receivers, senders)
+    close(found, attention.leave(receivers, weights @ attention.project(receivers, senders)[2]))
+    assert (weights.sum(-1) > 0.5).all(0).all(0).tolist() == [True, True, not silent, True]
 
 def test_large_products_give_the_numbers_of_the_plain_form(monkeypatch):
     monkeypatch.setenv("M2MKD_PRODUCTS", "mkl" if ONEDNN is None else "onednn")

@@ -192,6 +192,36 @@ def t(*shape): return torch.zeros(shape, requires_grad=True)
 B, M, K, N, H = 2, 5, 7, 3, 4
 BMM = 2 * B * M * K * N
 LSTM = nn.LSTM(K, N, num_layers=2, bidirectional=True)
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("masks", ["one", "each"])
+@pytest.mark.parametrize("shape", [(64, 3, 32, 48, 16), (30, 3, 32, 48, 16), (2, 12, 8, 9, 4), (1, 1, 1, 1, 1),
+                                   (3, 6, 128, 172, 8), (2, 2, 256, 260, 8)])
+def test_attention_with_a_bias_that_learns(shape, masks, dtype, near):
+    "Few scores an image and many, on both sides of a tile: numbers, gradients, equal calls."
+    batch, heads, u, v, d = shape
+    torch.manual_seed(0)
+    def by_head(n): return torch.randn(batch, n, heads, d, dtype=dtype).transpose(1, 2).requires_grad_()
+    bias = torch.randn(batch if masks == "each" else 1, 1, u, v, dtype=dtype)
+    if v > 1: bias[..., 1:].masked_fill_(bias[..., 1:] > 1, -torch.inf)        # each hears the first
+    given, target = (by_head(u), by_head(v), by_head(v), bias.requires_grad_()), by_head(u).detach()
+    def results(f):
+        y = f(*given)
+        return y, *torch.autograd.grad((y * target).sum(), given)
+    ours, again, theirs = map(results, (attend, attend, F.scaled_dot_product_attention))
+    assert type(ours[0].grad_fn).__name__ == "_AttendBackward"
+    for a, b, c in zip(ours, again, theirs):
+        assert torch.equal(a, b)
+        assert (a - c).norm() <= near * c.norm()
+
+
+def test_attention_is_torchs_own_where_somebody_rewrites_it():
+    q, bias = torch.randn(2, 2, 4, 4), torch.randn(2, 1, 4, 4)
+    def loss(f): return lambda m: f(q, q, q, m).square().sum()
+    ours, theirs = (torch.func.grad(loss(f))(bias) for f in (attend, F.scaled_dot_product_attention))
+    assert torch.equal(ours, theirs)
+    assert attend(q[:0], q[:0], q[:0], bias[:0].requires_grad_()).shape == (0, 2, 4, 4)
+
+
 PRODUCTS = {
     "mm": (lambda: t(M, K) @ t(K, N), 2 * M * K * N, 3), "mv": (lambda: t(M, K) @ t(K), 2 * M * K, None), "dot": (lambda: t(K) @ t(K), 2 * K, None),
     "addmv": (lambda: torch.addmv(t(M), t(M, K), t(K)), 2 * M * K, None), "bmm": (lambda: t(B, M, K) @ t(B, K, N), BMM, 3),
