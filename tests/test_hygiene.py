@@ -21,14 +21,14 @@ FLOORS = {name: floor for floor, names in enumerate((
     "augment chain data families given graphs layouts optimizer pixels results sources stats tables "
     "vit where",
     "arguments modulated nac phase plain routing task tokenizers train vmoe",
-    "convert convert_nac distill evaluate stage",
+    "cached convert convert_nac distill evaluate stage",
     "pipeline report study",
     "pages")) for name in names.split()}
 BESIDE = dict(
     core={"bars", "measure"}, folder={"lock", "products"}, families={"chain"}, vit={"chain", "families"}, sources={"layouts"},
     given={"sources", "pixels", "augment"}, data={"sources", "augment", "given", "pixels"},
     train={"arguments", "phase"}, vmoe={"routing"}, nac={"modulated", "tokenizers"}, plain={"modulated"},
-    convert={"convert_nac"}, measure={"folder", "products"})
+    cached={"distill"}, convert={"convert_nac"}, measure={"folder", "products"})
 
 
 def code_cells(path): return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
