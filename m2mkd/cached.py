@@ -25,7 +25,7 @@ from .distill import hybrids, m2mkd_terms, match_nothing, paired, prefix
 from .folder import Folder
 from .lock import owned
 from .measure import flop_counter, tallied
-from .phase import Phase, with_auxiliary
+from .phase import Apart, Phase, with_auxiliary
 from .stop import Stopped, stopping
 
 # %% ../nbs/08a_cached.ipynb #cac4ed06
@@ -206,12 +206,15 @@ def _in_half(name, z, rows, view):
 
 def _fill(path, answers, views, view, chunks, row, bar):
     "Write the answers of a view to `path`, whole."
-    with whole(path) as p:
-        table = np.lib.format.open_memmap(p, "w+", row, (len(views.images),))
+    head = dict(descr=np.lib.format.dtype_to_descr(row), fortran_order=False,
+                shape=(len(views.images),))
+    with whole(path) as p, open(p, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, head)
         for rows, x in zip(chunks, views.seen(view, chunks)):
-            for k, z in answers(x).items(): table[k][rows.numpy()] = _in_half(k, z, rows, view)
+            table = np.empty(len(rows), row)
+            for k, z in answers(x).items(): table[k] = _in_half(k, z, rows, view)
+            f.write(table.tobytes())
             bar.update(len(rows))
-        table.flush()
 
 def _made(folder):
     "{view: its line} of the views that are there, and whole."
@@ -325,8 +328,8 @@ def taught(model, targets, settings, seed, name="model"):
 def matched(host, modules, targets, settings, seed, name="module", answer="hybrid-{}".format):
     "`paired`, where module i is to match the answer `answer(i)` of the `targets`."
     def phase(match): return paired(host, modules, settings, seed, match, _fixed(targets), name)
-    def loss(models, x, y, step):
+    def each(models, x, y, step):
         found = targets(x, step)
         def match(flows, wanted): return {i: _answer(found, answer(i)) for i in wanted}
-        return phase(match).loss(models, x, y, step)
-    return replace(phase(match_nothing), loss=loss)
+        return phase(match).parts(models, x, y, step)
+    return replace(phase(match_nothing), loss=Apart(each))

@@ -1,6 +1,6 @@
 """Cached teachers: views that depend on the image alone, passes that stop and go on, caches that are refused,
 targets equal to the live teacher's."""
-import json, os, re, shutil, signal
+import json, os, re, resource, shutil, signal
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +331,18 @@ def test_what_does_not_fit_into_float16(views, tmp_path):
         with pytest.raises(TypeError, match=r"logits of 12 images is .* should be a tensor of floats \(12, ...\)"):
             cached(tmp_path, Answers("wrong", {"teacher": teacher}, wrong), views)
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_disk_that_is_full(views, tmp_path):
+    "Which is only known while the file is written: here for a limit on the size of files."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(OSError, match="view-0.npy cannot be written: File too large"):
+            cached(tmp_path, flows_of(chain()), views)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.partial"))
+    assert len(cached(tmp_path, flows_of(chain()), views).tables) == 3
 
 
 def test_a_teacher_that_is_random_is_found_out(views, tmp_path):
