@@ -116,7 +116,7 @@ def test_run_passes_a_signal_on_and_the_next_run_goes_on(tmp_path):
     nbformat.write(nb, tmp_path/"small.ipynb")
     words = [sys.executable, "-m", "m2mkd", "run", str(tmp_path/"small.ipynb"), str(tmp_path/"out.ipynb"), "-p", "root", str(tmp_path/"runs")]
     papermill = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/meta-*/metrics.jsonl"))
+    def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/stages/meta-*/metrics.jsonl"))
     while lines() < 4 and papermill.poll() is None: time.sleep(0.05)
     for _ in range(2): papermill.send_signal(signal.SIGINT), time.sleep(0.005)      # and its twin
     said = papermill.communicate()[1]
