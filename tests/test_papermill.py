@@ -116,16 +116,16 @@ def test_run_passes_a_signal_on_and_the_next_run_goes_on(tmp_path):
     nbformat.write(nb, tmp_path/"small.ipynb")
     words = [sys.executable, "-m", "m2mkd", "run", str(tmp_path/"small.ipynb"), str(tmp_path/"out.ipynb"), "-p", "root", str(tmp_path/"runs")]
     papermill = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/stages/meta-*/metrics.jsonl"))
+    def lines(): return sum(len(f.read_text().splitlines()) for f in tmp_path.glob("runs/meta-*/metrics.jsonl"))
     while lines() < 4 and papermill.poll() is None: time.sleep(0.05)
     for _ in range(2): papermill.send_signal(signal.SIGINT), time.sleep(0.005)      # and its twin
     said = papermill.communicate()[1]
     assert papermill.returncode == 130 and "Traceback" not in said and said.splitlines()[-1].startswith("stopped by SIGINT"), said
     shown = str(outputs(tmp_path/"small.ipynb"))
     assert "begun" in shown and "is written, the next run goes on there" in shown and "not reached" not in shown
-    stopped = next((tmp_path/"runs/stages").iterdir())
+    stopped = next((tmp_path/"runs").glob("meta-*"))
     assert 0 < Folder(stopped).checkpoint()["step"] < 264
     for root in (tmp_path/"runs", tmp_path/"straight"): exec(f"{TRAINING}\nroot = {str(root)!r}\n{LONG}", {})
-    resumed, straight = Folder(stopped), Folder(tmp_path/"straight/stages"/stopped.name)
+    resumed, straight = Folder(stopped), Folder(tmp_path/"straight"/stopped.name)
     timeless = [[{k: v for k, v in m.items() if k != "seconds"} for m in f.metrics()] for f in (resumed, straight)]
     assert timeless[0] == timeless[1] and all(v.equal(straight.weights()[k]) for k, v in resumed.weights().items())
