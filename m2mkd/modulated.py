@@ -104,7 +104,7 @@ class Block(Settings):
 def _layer_scale(width, initial): return nn.Identity() if initial is None else LayerScale(width, initial)
 
 def _arrived(states, message, layer_scale, drop_path):
-    "states + drop_path(layer_scale(message)), (B, U, D): what both do to ones, they do to a message."
+    "states + drop_path(layer_scale(message)), (B, U, D): both act on a message as on ones."
     ones = message.new_ones(len(message), 1, message.shape[-1])
     return torch.addcmul(states, message, drop_path(layer_scale(ones)))
 
@@ -211,7 +211,8 @@ class ReadInAttention(_Attention):
         scale = (self.value.weight.shape[0] // self.heads)**-0.5
         read = F.scaled_dot_product_attention(q.flatten(1, 2).unsqueeze(1), x, x, scale=scale).view_as(q)
         read = read * self.value.scales(receivers.codes).to(q.dtype)
-        messages = torch.einsum("bhut,hdt->bhud", read, self.value.weight.unflatten(0, (self.heads, -1)))
+        value = self.value.weight.unflatten(0, (self.heads, -1))
+        messages = torch.einsum("bhut,hdt->bhud", read, value)
         if self.value.bias is not None:
             messages = messages + self.value.bias.unflatten(0, (self.heads, 1, -1)) + 0 * self.key.bias.sum()
         return messages

@@ -73,7 +73,8 @@ def _ordinary(x, weight, bias):
 
 def rewritten():
     "Whether a compiler, a tracer or `torch.func` rewrites what runs."
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    functional = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or functional
 
 def suits(x, weight, bias=None):
     "Whether oneDNN computes this layer: the `rule` says so, it is large and ordinary, and nobody rewrites, transforms or casts it."
@@ -125,7 +126,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask):
         (batch, heads, u, d), n = q.shape, k.shape[2]
-        weights, y = q.new_empty(batch, heads, u, n), q.new_empty(batch, u, heads, v.shape[-1]).transpose(1, 2)
+        weights = q.new_empty(batch, heads, u, n)
+        y = q.new_empty(batch, u, heads, v.shape[-1]).transpose(1, 2)
         for w, q_, k_, v_, m, out in _tiles(weights, q, k, v, mask.expand(batch, -1, -1, -1), y):
             torch.softmax(torch.add(m, _product(q_, k_.mT), alpha=d**-0.5), -1, out=w)
             out.copy_(_product(w, v_))
@@ -139,7 +141,8 @@ class _Attend(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         dq, dk, dv, scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.shape[-1]**-0.5
         dmask = q.new_empty(len(q), 1, *weights.shape[2:])
-        for w, g, q_, k_, v_, dq_, dk_, dv_, dm in _tiles(weights, grad, q, k, v, dq, dk, dv, dmask):
+        given = weights, grad, q, k, v, dq, dk, dv, dmask
+        for w, g, q_, k_, v_, dq_, dk_, dv_, dm in _tiles(*given):
             dv_.copy_(_product(w.mT, g))
             ds = torch._softmax_backward_data(_product(g, v_.mT), w, -1, w.dtype)
             torch.sum(ds, 1, keepdim=True, out=dm)
@@ -150,4 +153,5 @@ class _Attend(torch.autograd.Function):
 def attend(q, k, v, mask):
     "Scaled dot product attention of q (B, H, U, d), k and v (B, H, V, d) -> (B, H, U, d), with a `mask` (1 or B, 1, U, V) that is added to the scores."
     learns = q.is_cpu and mask.requires_grad and torch.is_grad_enabled() and q.dtype == mask.dtype and q.dtype in (torch.float32, torch.float64)
-    return _Attend.apply(q, k, v, mask) if learns and not rewritten() else F.scaled_dot_product_attention(q, k, v, mask)
+    if learns and not rewritten(): return _Attend.apply(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
