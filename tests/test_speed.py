@@ -91,3 +91,50 @@ def test_the_page_names_columns_as_the_record_does(run):
     said = page(run)
     assert run.main in said and "{}" not in said and "fine-tuning" not in said
     for name in run["measured"]: assert f" {name} " in said
+
+
+# --- speed_distill: a case a row, an arm a column ---
+
+def pairs_measured(**seconds):
+    """What speed_distill would record where an arm takes so many `seconds` (else 1) and needs so many
+    bytes at its peak."""
+    cases = {"epoch": (("V-MoE, 48 px", 4), ("NAC, 48 px", 4), ("NAC, 48 px", 10)),
+             "step": (("V-MoE", 2), ("V-MoE", 10), ("NAC", 10)), "stages": (("V-MoE", 3),)}
+    arms = {"epoch": ("joint", "loop"), "step": ("joint", "one graph", "one pair"),
+            "stages": ("one thread", "all threads", "processes")}
+    def row(what, model, modules, arm):
+        took = seconds.get(arm.replace(" ", "_"), 1.0)
+        recipe = "light" if what == "epoch" else "none"
+        return dict(what=what, model=model, modules=modules, classes=10, recipe=recipe, arm=arm,
+                    seconds=took, peak=took if what == "step" else None)
+    return pd.DataFrame([row(what, *case, arm) for what in cases for case in cases[what]
+                         for arm in arms[what]])
+
+
+def pairs_reached(measured): return shared("speed_distill")["reached"](measured)
+
+
+def test_goals_of_distillation_are_ratios_of_what_was_measured():
+    table = pairs_reached(pairs_measured(joint=2.0, one_graph=4.0, loop=3.0, all_threads=0.5,
+                                         processes=0.25))
+    assert list(table.measured) == [2.0, 0.5, 1.5, 1.5, 2.0]
+    assert list(table.limit) == [1.5, 1.05, 1.8, 1.5, 1.6]
+    assert list(table.reached) == ["no", "yes", "no", "yes", "yes"]
+
+
+def test_goals_of_distillation_take_the_worst_case_of_the_longest_chains():
+    measured = pairs_measured(loop=2.0, processes=0.5)
+    joint = (measured["what"] == "step") & (measured.arm == "joint")
+    measured.loc[joint & (measured.modules == 2), ["seconds", "peak"]] = 9.0    # no goal is for these
+    assert list(pairs_reached(measured).measured) == [1.0, 1.0, 2.0, 2.0, 2.0]
+    measured.loc[joint & (measured.model == "NAC"), ["seconds", "peak"]] = 1.2
+    assert list(pairs_reached(measured).measured[:2]) == [1.2, 1.2]
+
+
+def test_speed_distill_says_machine_and_turns_beside_every_table_and_figure():
+    cells = nbformat.read(root/"nbs/experiments/speed_distill.ipynb", as_version=4).cells
+    read = [c.source for c in cells if c.metadata.get("tags") == ["read"]]
+    shows = [s for s in read if "shown(" in s and "machine_table(" not in s]
+    assert len(shows) == 7 and all(s.count("print(said)") == s.count("shown(") for s in shows)
+    draws = [s for s in read if "save(figure" in s]
+    assert len(draws) == 4 and all("{said}" in s and "alt=" in s for s in draws)
