@@ -125,7 +125,7 @@ def test_goals_of_distillation_are_ratios_of_what_was_measured():
 def test_goals_of_distillation_take_the_worst_case_of_the_longest_chains():
     measured = pairs_measured(loop=2.0, processes=0.5)
     joint = (measured["what"] == "step") & (measured.arm == "joint")
-    measured.loc[joint & (measured.modules == 2), ["seconds", "peak"]] = 9.0    # no goal is for these
+    measured.loc[joint & (measured.modules == 2), ["seconds", "peak"]] = 9.0  # no goal for it
     assert list(pairs_reached(measured).measured) == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     measured.loc[joint & (measured.model == "NAC"), ["seconds", "peak"]] = 1.2
     assert list(pairs_reached(measured).measured[:2]) == [1.2, 1.2]
