@@ -25,15 +25,18 @@ class Task(Settings):
         train, tests = self.train.load(), [d.load() for d in self.test]
         for t in tests:
             if t.classes == train.classes: continue
-            raise ValueError(f"the test set {t.split} has other classes than the training set: {t.classes[:3]}... and {train.classes[:3]}...")
+            raise ValueError(f"the test set {t.split} has other classes than the training set: "
+                             f"{t.classes[:3]}... and {train.classes[:3]}...")
         if len(tests) > 1 and not all(isinstance(t, ImageSet) for t in tests):
-            raise ValueError(f"{len(tests)} test sets are put together in memory only; give one, or in_memory=True")
+            raise ValueError(f"{len(tests)} test sets are put together in memory only; give one, "
+                             "or in_memory=True")
         for t in tests:
             if t.image_size != train.image_size:
-                raise ValueError(f"the test set {t.split} has images of {t.image_size} px, the training "
-                                 f"set of {train.image_size} px: set image_size in both")
+                raise ValueError(f"the test set {t.split} has images of {t.image_size} px, the "
+                                 f"training set of {train.image_size} px: set image_size in both")
         named = [isinstance(d, Data) and isinstance(self.train, Data) for d in self.test]
-        check_apart(train, [t for t, d, n in zip(tests, self.test, named) if n and d.name == self.train.name])
+        of_one = [n and d.name == self.train.name for d, n in zip(self.test, named)]
+        check_apart(train, [t for t, one in zip(tests, of_one) if one])
         check_no_copy(train, [t for t, n in zip(tests, named) if not n])
         return train, sum(tests[1:], tests[0])
 
@@ -41,12 +44,12 @@ def check_apart(train, tests):
     "ValueError if an image of the set `train` is in one of the sets `tests` (all of one data set)."
     for t in tests:
         if t.split == train.split and (both := set(t.ids.tolist()) & set(train.ids.tolist())):
-            raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and in the test set; "
-                             "choose disjoint `per_class` ranges")
+            raise ValueError(f"{len(both)} images of split {t.split!r} are in the training set and "
+                             "in the test set; choose disjoint `per_class` ranges")
 
 def check_no_copy(train, tests):
-    """ValueError if every image of a given test set, or every one in a row that both have of one split,
-    is a training image, too; a line if some are."""
+    """ValueError if every image of a given test set, or every one in a row that both have of one
+    split, is a training image, too; a line if some are."""
     tests = [t for t in tests if isinstance(t, ImageSet) and isinstance(train, ImageSet)]
     seen = dict(zip(train.ids.tolist(), _raw(train))) if tests else {}
     for t in tests:
@@ -54,12 +57,14 @@ def check_no_copy(train, tests):
         same, rows = sum(x in known for x in mine.values()), mine.keys() & seen.keys()
         again = t.split == train.split and rows and all(mine[i] == seen[i] for i in rows)
         if same == len(t) or again:
-            raise ValueError(f"{same} of {len(t)} images of the test set are training images; give disjoint sets")
+            raise ValueError(f"{same} of {len(t)} images of the test set are training images; give "
+                             "disjoint sets")
         if same: print(f"{same} of {len(t)} test images are training images, too")
 
 def _raw(images): return [x.numpy().tobytes() for x in images.images.cpu()]
 
 def _several(x):
     "The sets of a list or tuple, or a single one (a list of pairs is a set)."
-    if isinstance(x, (list, tuple)) and not len(x): raise ValueError("a task needs a test set; test is empty")
+    if isinstance(x, (list, tuple)) and not len(x):
+        raise ValueError("a task needs a test set; test is empty")
     return x if isinstance(x, (list, tuple)) and not isinstance(x[0], (list, tuple)) else [x]

@@ -3,7 +3,9 @@
 Without an argument: all three, and an error that names each file that was not as its source says."""
 import hashlib, re, sys
 from pathlib import Path
+from textwrap import TextWrapper
 
+from nbdev import maker
 from nbdev.clean import nbdev_clean
 from nbdev.config import add_init, get_config
 from nbdev.doclinks import nbglob
@@ -13,6 +15,16 @@ import readme
 
 root = Path(__file__).resolve().parents[1]
 package = root/"m2mkd"
+
+
+class Wrapper(TextWrapper):
+    "Wraps a list of names after `__all__ = ` at 100 columns; nbdev's own goes to 130."
+    def __init__(self, **how):
+        super().__init__(**how | {"width": 100, "initial_indent": " " * len("__all__ = ")})
+
+    def wrap(self, text): return "\n".join(super().wrap(text)).lstrip().split("\n")
+
+maker.TextWrapper = Wrapper
 
 
 def homes():
