@@ -12,6 +12,7 @@ from m2mkd.core import read_json
 from m2mkd.pages import runs_in
 from m2mkd.report import alt_of
 from m2mkd.results import Results
+from refusing import refusing
 from test_imports import MAKERS
 from test_study import Made, two_arms
 
@@ -21,12 +22,8 @@ figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
 
 RUN = """
-import runpy, socket, sys
-class Nothing:
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {missing}: raise ModuleNotFoundError(name)
+import runpy, socket
 def connect(*args): raise OSError("there is no network")
-sys.meta_path.insert(0, Nothing())
 socket.socket.connect = connect
 runpy.run_path("tools/figures.py", run_name="__main__")
 """
@@ -53,7 +50,7 @@ def drawn():
     missing = not_installed()
     assert {*MAKERS} <= missing
     def run(place, **variables):
-        run = subprocess.run([sys.executable, "-c", RUN.format(missing=missing)], cwd=place,
+        run = subprocess.run([sys.executable, "-c", refusing(missing) + RUN], cwd=place,
                              capture_output=True, text=True, env={**os.environ, **variables})
         return run.returncode, run.stdout + run.stderr
     return run

@@ -7,6 +7,8 @@ import pytest
 
 import m2mkd
 
+from refusing import refusing
+
 root = Path(__file__).resolve().parents[1]
 
 TORCH_FREE = ("bars", "core", "folder", "lock", "pages", "report", "results", "stage", "stats",
@@ -23,17 +25,9 @@ def python(code):
     return run.stdout
 
 
-REFUSED = """
-import sys
-class Refused:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {}: raise ImportError(name)
-sys.meta_path.insert(0, Refused())
-"""
-
 def without_torch(code):
     "`python(code)` where what makes stages cannot be imported."
-    return python(f"{REFUSED.format(MAKERS)}\n{code}")
+    return python(refusing(MAKERS) + code)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

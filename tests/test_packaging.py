@@ -8,6 +8,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from refusing import refusing
+
 root = Path(__file__).resolve().parents[1]
 ini = ConfigParser(delimiters="=", interpolation=None)
 ini.read(root/"settings.ini")
@@ -46,11 +48,7 @@ def test_installed_as_required():
 
 
 NEEDS = """
-import importlib, pkgutil, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {refused}: raise ModuleNotFoundError(f"{name} is not among the run-time requirements", name=name)
-sys.meta_path.insert(0, Refuse())
+import importlib, pkgutil
 import m2mkd
 assert m2mkd.__version__ == "{version}", m2mkd.__version__
 assert "{site}" in m2mkd.__file__, m2mkd.__file__
@@ -82,7 +80,7 @@ def test_wheel_imports_with_the_run_time_requirements_alone(wheel, tmp_path):
     assert {r for r in re.findall(r"^Provides-Extra: (.*)$", metadata, re.M)} == {"notebooks", "dev"}
     refused = {Requirement(r).name.replace("-", "_") for r in required("notebook_", "dev_")} | {"IPython", "jupyter_client", "nbformat"}
     refused -= {"tensorboard"}                                           # others look for it by themselves
-    code = NEEDS.replace("{refused}", repr(refused)).replace("{version}", settings["version"]).replace("{site}", str(site))
+    code = refusing(refused) + NEEDS.replace("{version}", settings["version"]).replace("{site}", str(site))
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == len(list((root/"m2mkd").glob("*.py"))) - 1             # all but __init__

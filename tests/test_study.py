@@ -15,6 +15,7 @@ from m2mkd.folder import Folder
 from m2mkd.results import Results
 from m2mkd.stage import Stage, stages_in
 from m2mkd.study import Study, alike, in_words, one_decay
+from refusing import refusing
 
 IMAGES = 1000
 LABELS = [0] * IMAGES
@@ -299,12 +300,8 @@ def test_health_tables_name_the_factor_that_their_modules_alone_are_for(made):
     assert not {"images", "data"} & {*table}
 
 
-REFUSED = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in ('torch', 'safetensors', 'torchmetrics', 'timm', 'datasets', 'kornia', 'sklearn'): raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
+MAKERS = "torch", "safetensors", "torchmetrics", "timm", "datasets", "kornia", "sklearn"
+READ = refusing(MAKERS) + """
 from m2mkd.study import Study
 study = Study.read(sys.argv[1])
 study.table(), study.curves(), study.cost(), study.health(), study.save()
@@ -313,7 +310,7 @@ print(study.main, float(study.differences()['rank'].iloc[0]))
 
 def test_a_study_is_read_where_torch_cannot_be_imported(made):
     made.study(two_arms(made, range(6), ([500] * 6, (510, 511, 512, 513, 514, 516))), primary="m2mKD").save()
-    run = subprocess.run([sys.executable, "-c", REFUSED, made.root], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", READ, made.root], capture_output=True, text=True)
     assert run.stdout == "m2mKD less E2E: +1.3 points (95 % over 6 seeds: +1.0 to +1.5) 0.03125\n", run.stderr
 
 
