@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPERATIONS', 'rand_numbers', 'Augment', 'draws', 'crop_flip', 'Operation',
            'rand_augment_', 'rand_augment', 'timm_text', 'within_limits', 'normalise', 'erase',
-           'augmented', 'mixed']
+           'transformed', 'augmented', 'mixed']
 
 # %% ../nbs/02b_augment.ipynb #c22eff3e
 import math, re
@@ -301,13 +301,18 @@ def erase(x, u, noise):
     return erased
 
 # %% ../nbs/02b_augment.ipynb #4b634ac8
+def transformed(images, augment, u):
+    "Images (B, 3, H, W) uint8 -> float32, augmented by rows u (B, K) of `draws` and normalised."
+    x, high = crop_flip(images.float(), augment, u[:, :5]), 255.
+    if augment.randaugment:
+        x, high = rand_augment_(x.div_(255), augment.randaugment, u[:, 10:]), 1.
+    return normalise(x, high, out=x)
+
 def augmented(images, augment, seed, step, rows, n):
     "Images (B, 3, H, W) uint8, at positions `rows` of a batch of n -> float32, augmented and normalised, on the images' device."
     table = draws(augment, n, seed, step)
     u = table[rows]
-    x, high = crop_flip(images.float(), augment, u[:, :5]), 255.
-    if augment.randaugment: x, high = rand_augment_(x.div_(255), augment.randaugment, u[:, 10:]), 1.
-    x = normalise(x, high, out=x)
+    x = transformed(images, augment, u)
     if not augment.erasing: return x
     hit = table[:, 5] < augment.erasing
     noise = torch.randn(int(hit.sum()), *x.shape[1:], generator=generator(seed, "erasing", step, x.device), device=x.device)

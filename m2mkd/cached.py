@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .augment import Augment, crop_flip, draws, erase, mixed, normalise, rand_augment
+from .augment import Augment, draws, erase, mixed, transformed
 from .chain import evaluating
 from .core import generator, hash_of, known, progress, seeded, sha256, to_plain, whole
 from .data import Batches, ImageSet, digest
@@ -34,9 +34,7 @@ def viewed(images, augment, seed, view, ids):
     a function of (seed, its number, view) alone; on the images' device."""
     steps = [("view", view, int(i)) for i in ids]
     u = torch.cat([draws(augment, 1, seed, step) for step in steps])
-    x, high = crop_flip(images.float(), augment, u[:, :5]), 255
-    if augment.randaugment: x, high = rand_augment(x / 255, augment.randaugment, u[:, 10:]), 1
-    x = normalise(x, high)
+    x = transformed(images, augment, u)
     for k in (u[:, 5] < augment.erasing).nonzero().flatten().tolist():
         random = generator(seed, "erasing", steps[k], x.device)
         noise = torch.randn(1, *x.shape[1:], generator=random, device=x.device)
