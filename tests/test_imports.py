@@ -50,7 +50,7 @@ def test_settings_and_their_hash_need_no_torch():
 
 
 HEAVY = ("kornia", "datasets", "sklearn", "torchmetrics", "pandas", "pyarrow", "matplotlib", "seaborn",
-         "networkx", "scipy.stats", "scipy.optimize", "IPython")
+         "networkx", "scipy.stats", "scipy.optimize", "IPython", "loky")
 LISTED = "import {module}, sys\nprint(*sys.modules)"
 
 
