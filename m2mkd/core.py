@@ -339,10 +339,11 @@ class Parameters(SimpleNamespace):
     "A notebook's parameters; `given`: the names of those that somebody set."
     __slots__ = ("given",)
 
-    def __init__(self, values={}, given=()):        # a process that is sent one begins with none
+    def __init__(self, values, given=()):
         super().__init__(**values)
         self.given = frozenset(given)
 
+    def __reduce__(self): return type(self), (vars(self), self.given)
     def __repr__(self): return repr(SimpleNamespace(**vars(self)))
 
     def smaller(self, **values):

@@ -1,5 +1,5 @@
 "What a user gives counts, or is refused in one sentence: parameters, what decays, schedules, routers, losses, trackers."
-import ast, json, os, subprocess, sys
+import ast, json, os, pickle, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -12,7 +12,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from m2mkd import nac
-from m2mkd.core import Settings, from_plain, hash_of, number, parameters, seeded, to_plain
+from m2mkd.core import Parameters, Settings, from_plain, hash_of, number, parameters, seeded, to_plain
 from m2mkd.data import Augment, Data
 from m2mkd.distill import Distillation, hard_distillation, m2mkd_loss, soft_distillation
 from m2mkd.optimizer import groups, layers, make_optimizer, make_schedule, no_decay
@@ -69,6 +69,14 @@ def test_edited_and_run_again():
 def another(v):
     if isinstance(v, list): return v[::-1] if len(v) > 1 else v * 2 or [1]
     return {"other": [1]} if isinstance(v, dict) else v + "x" if isinstance(v, str) else (not v if isinstance(v, bool) else v + 1)
+
+def test_parameters_that_are_sent_to_a_process_know_what_was_given():
+    sent = pickle.loads(pickle.dumps(Parameters({"seed": 1, "epochs": 9}, ["seed"])))
+    sent.smaller(seed=0, epochs=2)
+    assert vars(sent) == {"seed": 1, "epochs": 2} and sent.given == {"seed"}
+    with pytest.raises(ValueError, match="parameter seed = 1 would have no effect"):
+        sent.unused("there are no seeds", "seed")
+
 
 @pytest.mark.parametrize("path", experiments, ids=lambda p: p.stem)
 def test_a_small_run_keeps_what_is_given(path):
