@@ -17,6 +17,7 @@ import pandas as pd
 from .core import read_json
 from .report import WORDS, shown
 from .results import Results, missing
+from .stage import stages_folder
 from .study import Study
 
 # %% ../nbs/12b_pages.ipynb #7e4a6a73
@@ -184,8 +185,9 @@ def _contrasts(study):
     return [("Differences", "\n\n".join([_ABOUT, *tables]))] if tables else []
 
 def _linked(study):
-    below = "stages/" if (study.folder/"stages").is_dir() else ""
-    def cell(row): return f"[{percent(row['top1'])}]({quote(below + row['stage'])}/metrics.jsonl)"
+    def cell(row):
+        file = stages_folder(study.folder)/row["stage"]/"metrics.jsonl"
+        return f"[{percent(row['top1'])}]({_link(study.folder, file)})"
     return _by_seed(study, cell).markdown
 
 def _folded(text):
