@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
 from .augment import Augment, augmented, mixed, normalise, timm_text, within_limits
-from .core import Settings, generator, hash_of, known, progress, seed_of, seeded, to_plain, whole
+from .core import (Settings, generator, hash_of, known, progress, seed_of, seeded, to_plain,
+                        whole)
 from .given import Pairs, open_given
 from .pixels import decode
 from .sources import Choice, open_source, rank_in_class
