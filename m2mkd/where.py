@@ -87,7 +87,8 @@ class Processes:
 
     def _pool(self, workers):
         threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, cores() // workers)
-        return loky.get_reusable_executor(workers, env={"OMP_NUM_THREADS": str(threads)}, timeout=60)
+        env = {"OMP_NUM_THREADS": str(threads)}
+        return loky.get_reusable_executor(workers, env=env, timeout=60)
 
     def _run(self, function, jobs, workers):
         pool, todo, running, said = self._pool(workers), iter(enumerate(jobs)), {}, {}
